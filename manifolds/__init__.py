@@ -1,0 +1,52 @@
+"""Spaces: their metric, connection, curvature, geodesics and operators.
+
+To add a space, subclass :class:`Chart` and write ``metric(x)``; override the methods that begin
+with an underscore for what you know in closed form; add a line to ``tests/cases.py``.
+"""
+
+from darboux.manifolds.base import Connection, Manifold
+from darboux.manifolds.chart import Chart
+from darboux.manifolds.combine import Conformal, Product, Pullback, Warped
+from darboux.manifolds.embedded import Embedded
+from darboux.manifolds.euclidean import Euclidean, FlatTorus
+from darboux.manifolds.fisher import FisherGaussian
+from darboux.manifolds.learned import (
+    CholeskyNetwork,
+    ConformalNetwork,
+    DecoderPullback,
+    DiagonalNetwork,
+    LowRankNetwork,
+    RBFUncertainty,
+    TokenBumps,
+)
+from darboux.manifolds.space_forms import HalfSpace, Hyperbolic, Stereographic
+from darboux.manifolds.sphere import Sphere
+from darboux.manifolds.surfaces import Ellipsoid, SurfaceOfRevolution, TorusOfRevolution
+
+__all__ = [
+    "Chart",
+    "CholeskyNetwork",
+    "Conformal",
+    "ConformalNetwork",
+    "Connection",
+    "DecoderPullback",
+    "DiagonalNetwork",
+    "Ellipsoid",
+    "Embedded",
+    "Euclidean",
+    "FisherGaussian",
+    "FlatTorus",
+    "HalfSpace",
+    "Hyperbolic",
+    "LowRankNetwork",
+    "Manifold",
+    "Product",
+    "Pullback",
+    "RBFUncertainty",
+    "Sphere",
+    "Stereographic",
+    "SurfaceOfRevolution",
+    "TokenBumps",
+    "TorusOfRevolution",
+    "Warped",
+]

@@ -1,0 +1,304 @@
+r"""The geodesic between two points of a chart: a boundary value problem, solved by collocation.
+
+Write the curve by its second derivative :math:`s = \ddot c` on [0, 1],
+
+.. math:: c(t) = x + t\,v_0 + \int_0^t (t-\tau)\,s(\tau)\,d\tau, \qquad
+          v_0 = y - x - \int_0^1 (1-\tau)\,s(\tau)\,d\tau,
+
+so that both ends are met by construction, and ask :math:`s = -\Gamma(\dot c, \dot c)` at K Gauss
+points. This second-kind equation is well conditioned in any precision (no differentiation
+matrix occurs), converges spectrally in K, and its initial velocity superconverges. It is
+solved by damped Newton steps for the whole batch at once, from the straight line, or from
+shorter geodesics of the same pair where that fails.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.polynomial import legendre
+from torch import Tensor
+
+from darboux._autodiff import jacobian
+from darboux._checks import in_transform, values
+
+Acceleration = Callable[[Tensor, Tensor], Tensor]
+
+NODES = (16, 32, 64)
+_ITERATIONS = 30
+_PATIENCE = 5  # iterations in which a pair must halve its defect to be worth going on
+_DAMPINGS = 5
+_CORRECTIONS = 3
+
+
+class Curve(NamedTuple):
+    """A collocated curve: node values lead, ``(K, ..., d)``."""
+
+    velocity: Tensor  # (..., d), initial
+    point: Tensor
+    tangent: Tensor
+    second: Tensor
+    residual: Tensor  # (...), defect of the geodesic equation relative to the speed squared
+    converged: Tensor  # (...)
+    index_free: Tensor  # (...), the second variation is positive: no conjugate point
+
+
+@lru_cache
+def _nodes(k: int) -> dict[str, np.ndarray]:
+    roots, weights = legendre.leggauss(k)
+    t, b = (roots + 1) / 2, weights / 2
+    # Legendre coefficients of the interpolant: exact because Gauss quadrature is.
+    to_coefficients = (2 * np.arange(k) + 1)[:, None] * legendre.legvander(roots, k - 1).T * b
+    once, twice = np.zeros((2, k, k))
+    for j in range(k):
+        unit = np.eye(k)[j]
+        # the variable runs over [-1, 1], twice as long as [0, 1]
+        once[:, j] = legendre.legval(roots, legendre.legint(unit, 1, lbnd=-1)) / 2
+        twice[:, j] = legendre.legval(roots, legendre.legint(unit, 2, lbnd=-1)) / 4
+    moment = b * (1 - t)
+    integral, double = once @ to_coefficients, twice @ to_coefficients
+    return {
+        "t": t,
+        "b": b,
+        "tangent": integral - moment,  # c' = y - x + tangent @ s
+        "point": double - t[:, None] * moment,  # c = x + t (y - x) + point @ s
+        "moment": moment,
+        "tail": to_coefficients[-2:],
+    }
+
+
+def connect(
+    acceleration: Acceleration,
+    metric: Callable[[Tensor], Tensor],
+    inside: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    persistent: bool = True,
+) -> Curve:
+    """Solve for the geodesic from ``x`` to ``y``, both ``(..., d)``.
+
+    ``acceleration(x, v)`` is :math:`-\\Gamma(v, v)`; ``inside(x)`` says where a point is in the
+    chart. Pairs that cannot be solved come back with ``converged`` false; ``persistent=False``
+    gives up on them sooner. Differentiable in ``x``, ``y`` and whatever ``acceleration`` depends
+    on, by the implicit function theorem: the solution is found on detached numbers and then
+    corrected by chord steps with the Newton matrix there, which is exact for derivatives up to
+    third order.
+    """
+    batch, d = x.shape[:-1], x.shape[-1]
+    x, y = x.reshape(-1, d), y.reshape(-1, d)
+    with torch.no_grad():
+        x0, y0 = x.detach(), y.detach()
+        second, converged, k = _solve(acceleration, inside, x0, y0, persistent)
+        p, v, _ = _curve(second, x0, y0, k)
+        defect = (acceleration(p, v) - second).abs().amax(-1).amax(0)
+        residual = defect / _scale(x0, y0).square()
+        matrix = _newton_matrix(_jacobians(acceleration, p, v), k)
+        index_free = _second_variation_positive(metric(p), matrix, k)
+    point, tangent, velocity = _curve(second, x, y, k)
+    step = acceleration(point, tangent) - second
+    if in_transform() or step.requires_grad:  # somebody asks for derivatives
+        inverse = torch.linalg.inv_ex(matrix)[0]
+        for _ in range(_CORRECTIONS):
+            second = second + _apply(inverse, step)
+            point, tangent, velocity = _curve(second, x, y, k)
+            step = acceleration(point, tangent) - second
+    return Curve(
+        velocity.reshape(*batch, d),
+        *(z.reshape(k, *batch, d) for z in (point, tangent, second)),
+        *(z.reshape(batch) for z in (residual, converged, index_free)),
+    )
+
+
+def _constant(k: int, name: str, like: Tensor) -> Tensor:
+    return torch.as_tensor(_nodes(k)[name], dtype=like.dtype, device=like.device)
+
+
+def _mix(matrix: Tensor, nodal: Tensor) -> Tensor:
+    # (m, K) times (K, ..., d)
+    return (matrix @ nodal.flatten(1)).unflatten(1, nodal.shape[1:])
+
+
+def _curve(second: Tensor, x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    t = _constant(k, "t", x).reshape(k, *[1] * x.dim())
+    chord = y - x
+    point = x + t * chord + _mix(_constant(k, "point", x), second)
+    tangent = chord + _mix(_constant(k, "tangent", x), second)
+    velocity = chord - _mix(_constant(k, "moment", x)[None], second)[0]
+    return point, tangent, velocity
+
+
+def _scale(x: Tensor, y: Tensor) -> Tensor:
+    gap = (y - x).abs().amax(-1)
+    return torch.where(gap > 0, gap, 1.0)
+
+
+def _jacobians(acceleration: Acceleration, point: Tensor, tangent: Tensor) -> Tensor:
+    d = point.shape[-1]
+    packed = torch.cat([point, tangent], -1)
+    return jacobian(lambda z: acceleration(z[..., :d], z[..., d:]), packed)[1]
+
+
+def _newton_matrix(jac: Tensor, k: int) -> Tensor:
+    # I - A P - B T with A = da/dx, B = da/dv at the nodes: (..., K d, K d)
+    d = jac.shape[-2]
+    a, b = (jac[..., :d], jac[..., d:])
+    point, tangent = _constant(k, "point", jac), _constant(k, "tangent", jac)
+    m = torch.einsum("ij,i...kl->...ikjl", point, a) + torch.einsum("ij,i...kl->...ikjl", tangent, b)
+    m = m.flatten(-4, -3).flatten(-2)
+    return torch.eye(k * d, dtype=jac.dtype, device=jac.device) - m
+
+
+def _apply(inverse: Tensor, nodal: Tensor) -> Tensor:
+    # (..., K d, K d) times (K, ..., d)
+    k, d = nodal.shape[0], nodal.shape[-1]
+    column = nodal.movedim(0, -2).flatten(-2).unsqueeze(-1)
+    return (inverse @ column).squeeze(-1).unflatten(-1, (k, d)).movedim(-2, 0)
+
+
+def _solve(
+    acceleration: Acceleration,
+    inside: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    persistent: bool,
+) -> tuple[Tensor, Tensor, int]:
+    tol = max(1e-11, 200 * torch.finfo(x.dtype).eps)
+    k = NODES[0]
+    newton = partial(_newton, acceleration, inside, tol=tol)
+    second = torch.zeros(k, *x.shape, dtype=x.dtype, device=x.device)
+    second, converged = newton(second, x, y, k)
+    if persistent and not values(converged).all():
+        second, converged = _on_rest(partial(_continue, newton), second, converged, x, y, k)
+    for finer in NODES[1:]:
+        # A tail of the expansion this small leaves v_0 converged to round-off: it is second order.
+        tail = _mix(_constant(k, "tail", x), second).abs().amax(-1).amax(0)
+        rough = converged & (tail > 10 * tol**0.5 * _scale(x, y).square())
+        if not values(rough).any():
+            break
+        second, k = _refine(second, k, finer), finer
+        second, refined = newton(second, x, y, k)
+        converged = converged & refined
+    return second, converged, k
+
+
+def _on_rest(
+    solver: Callable[..., tuple[Tensor, Tensor]],
+    second: Tensor,
+    converged: Tensor,
+    x: Tensor,
+    y: Tensor,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """Apply ``solver(second, x, y, k)`` to the pairs that have not converged."""
+    if in_transform():  # which ones cannot be picked out there: solve all again
+        other, reached = solver(second, x, y, k)
+        return torch.where(converged[:, None], second, other), converged | reached
+    rest = (~converged).nonzero().squeeze(-1)
+    other, reached = solver(second[:, rest], x[rest], y[rest], k)
+    return second.index_copy(1, rest, other), converged.index_copy(0, rest, reached)
+
+
+def _refine(second: Tensor, k: int, finer: int) -> Tensor:
+    roots = 2 * _nodes(k)["t"] - 1
+    fine = 2 * _nodes(finer)["t"] - 1
+    matrix = legendre.legvander(fine, k - 1) @ np.linalg.inv(legendre.legvander(roots, k - 1))
+    return _mix(torch.as_tensor(matrix, dtype=second.dtype, device=second.device), second)
+
+
+def _newton(
+    acceleration: Acceleration,
+    inside: Callable[[Tensor], Tensor],
+    second: Tensor,
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    tol: float,
+    iterations: int = _ITERATIONS,
+) -> tuple[Tensor, Tensor]:
+    scale = _scale(x, y).square()
+
+    def defect(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        point, tangent, _ = _curve(s, x, y, k)
+        r = acceleration(point, tangent) - s
+        size = r.abs().amax(-1).amax(0) / scale
+        ok = size.isfinite() & inside(point).all(0)
+        return r, torch.where(ok, size, torch.inf), point, tangent
+
+    r, size, point, tangent = defect(second)
+    inverse, rate, before = second, 1.0, size
+    for i in range(iterations):
+        if not values(size > tol).any():
+            break
+        if i % _PATIENCE == _PATIENCE - 1:
+            moving = (size > tol) & (size < 0.5 * before)
+            if not values(moving).any():
+                break
+            before = size
+            if not in_transform() and float((size > tol).float().mean()) < 0.5:
+                # the few that are left go on alone
+                rest = partial(
+                    _newton, acceleration, inside, tol=tol, iterations=iterations - i
+                )
+                return _on_rest(rest, second, size <= tol, x, y, k)
+        fresh = rate > 0.1  # a matrix that still contracts fast is kept
+        if fresh:
+            jac = _jacobians(acceleration, point, tangent)
+            inverse = torch.linalg.inv_ex(_newton_matrix(jac, k))[0].nan_to_num()
+        step = _apply(inverse, r)
+        damping = torch.ones_like(size)
+        trial, new = second, (r, size, point, tangent)
+        for _ in range(_DAMPINGS):
+            trial = second + damping[..., None] * step
+            new = defect(trial)
+            # At round-off level a good step need not decrease any more.
+            worse = ~(new[1] < (1 - 0.25 * damping) * size) & ~(new[1] <= tol)
+            if not values(worse).any():
+                break
+            damping = torch.where(worse, damping / 4, damping)
+        keep = new[1].isfinite() & ((new[1] <= size) | (new[1] <= tol))
+        ratio = torch.where(keep, torch.where(size > tol, new[1] / size, 0.0), 1.0)
+        rate = float(values(ratio).max()) if ratio.numel() else 0.0
+        m = keep[..., None]
+        second, r = torch.where(m, trial, second), torch.where(m, new[0], r)
+        point, tangent = torch.where(m, new[2], point), torch.where(m, new[3], tangent)
+        size = torch.where(keep, new[1], size)
+        if fresh and not values(keep).any():
+            break
+    return second, size <= tol
+
+
+def _continue(
+    newton: Callable[..., tuple[Tensor, Tensor]],
+    second: Tensor,
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    stages: int = 8,
+) -> tuple[Tensor, Tensor]:
+    # Lengthen a short geodesic towards y; a geodesic stretched by r has r^2 times the second
+    # derivative.
+    s = torch.zeros_like(second)
+    converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for i in range(1, stages + 1):
+        target = x + (i / stages) * (y - x)
+        s, converged = newton(s * (i / max(i - 1, 1)) ** 2, x, target, k)
+    return s, converged
+
+
+def _second_variation_positive(g: Tensor, matrix: Tensor, k: int) -> Tensor:
+    # The index form of the energy on fields V = P w that vanish at both ends, w the nodal second
+    # derivatives: I(V, V) = -int <V, V'' - A V - B V'>. Positive definite iff no conjugate point.
+    d = g.shape[-1]
+    weighted = g * _constant(k, "b", g).reshape(k, *[1] * (g.dim() - 1))
+    operator = matrix.unflatten(-2, (k, d)).unflatten(-1, (k, d))
+    form = -torch.einsum("ip,i...km,...imjl->...pkjl", _constant(k, "point", g), weighted, operator)
+    form = form.flatten(-4, -3).flatten(-2)
+    form = form + form.mT
+    form = form / form.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
+    # High modes are integrated twice: their eigenvalues decay, so allow for round-off.
+    eps = 100 * torch.finfo(g.dtype).eps
+    shift = eps * torch.eye(k * d, dtype=g.dtype, device=g.device)
+    return torch.linalg.cholesky_ex((form + shift).nan_to_num())[1] == 0

@@ -1,0 +1,338 @@
+"""The generic chart against closed forms, its options, and what it says when it fails."""
+
+import math
+
+import pytest
+import torch
+from cases import Anisotropic, Bump
+from torch import Tensor
+from torch.func import hessian, jacfwd, jacrev, vmap
+
+from darboux import ConvergenceError, GeometryError
+from darboux.manifolds import Chart
+
+F64 = torch.float64
+
+
+class HalfPlane(Chart):
+    def metric(self, x: Tensor) -> Tensor:
+        return torch.eye(2, dtype=x.dtype) / x[..., 1, None, None] ** 2
+
+    def _is_point(self, x: Tensor, atol: float) -> Tensor:
+        return x[..., 1] > 0
+
+
+class Polar(Chart):
+    def metric(self, x: Tensor) -> Tensor:
+        one = torch.ones_like(x[..., 0])
+        return torch.diag_embed(torch.stack([one, x[..., 0].square()], -1))
+
+
+class RoundSphere(Chart):
+    """The unit sphere in stereographic coordinates, known only by its metric."""
+
+    def metric(self, x: Tensor) -> Tensor:
+        factor = 2 / (1 + x.square().sum(-1))
+        return torch.eye(2, dtype=x.dtype) * factor[..., None, None].square()
+
+
+def pairs(n: int, dtype=F64) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    z = torch.rand(2, n, 2, generator=g, dtype=dtype)
+    x, y = torch.stack([2 * z[..., 0] - 1, 0.5 + 1.5 * z[..., 1]], -1)
+    return x, y
+
+
+def half_plane_distance(x: Tensor, y: Tensor) -> Tensor:
+    gap = (x - y).square().sum(-1).sqrt()
+    return 2 * torch.asinh(gap / (2 * (x[..., 1] * y[..., 1]).sqrt()))
+
+
+def test_exp_on_the_half_plane():
+    for s in (0.1, 1.3, 4.0):
+        end = HalfPlane(2).exp(torch.tensor([0.0, 1.0], dtype=F64), torch.tensor([s, 0.0], dtype=F64))
+        assert end.tolist() == pytest.approx([math.tanh(s), 1 / math.cosh(s)], abs=1e-12)
+
+
+def test_distance_on_the_half_plane():
+    x, y = pairs(100)
+    torch.testing.assert_close(HalfPlane(2).dist(x, y), half_plane_distance(x, y), atol=1e-11, rtol=0)
+
+
+def test_far_pairs_on_the_half_plane():
+    x = torch.tensor([[0.0, 1.0], [0.0, 0.05]], dtype=F64)
+    y = torch.tensor([[20.0, 1.0], [0.0, 20.0]], dtype=F64)
+    report = HalfPlane(2).connect(x, y)
+    assert bool(report.converged.all())
+    torch.testing.assert_close(
+        HalfPlane(2).dist(x, y), half_plane_distance(x, y), atol=1e-8, rtol=1e-8
+    )
+
+
+def test_straight_lines_in_polar_coordinates():
+    x, v = torch.tensor([2.0, 0.3], dtype=F64), torch.tensor([0.4, 0.5], dtype=F64)
+    r, phi = Polar(2).exp(x, v)
+    straight = torch.tensor(
+        [
+            2 * math.cos(0.3) + 0.4 * math.cos(0.3) - math.sin(0.3),
+            2 * math.sin(0.3) + 0.4 * math.sin(0.3) + math.cos(0.3),
+        ],
+        dtype=F64,
+    )
+    end = torch.stack([r * phi.cos(), r * phi.sin()])
+    torch.testing.assert_close(end, straight, atol=1e-12, rtol=0)
+    assert float(Polar(2).riemann(x).abs().max()) < 1e-14
+
+
+@pytest.mark.parametrize("method", ["gauss4", "gauss8", "rk4"])
+def test_methods_converge_to_the_automatic_one(method):
+    x, v = torch.tensor([0.0, 1.0], dtype=F64), torch.tensor([1.0, 0.3], dtype=F64)
+    exact = HalfPlane(2).exp(x, v)
+    end = HalfPlane(2, method=method, steps=200).exp(x, v)
+    torch.testing.assert_close(end, exact, atol=1e-9, rtol=0)
+
+
+def test_sphere_conjugate_point_is_reported():
+    """A stereographic chart sees both arcs of a great circle; only the short one minimises."""
+    sphere = RoundSphere(2)
+    x = torch.tensor([-1.0, 0.0], dtype=F64)  # on the equator
+    for angle in (2.0, 3.0, 3.3, 4.0):  # beyond pi the geodesic through the origin is long
+        y = torch.tensor([math.tan((angle - math.pi / 2) / 2), 0.0], dtype=F64)
+        report = sphere.connect(x, y)
+        assert bool(report.converged)
+        length = float(sphere.norm(x, report.velocity))
+        assert length == pytest.approx(angle, abs=1e-9)
+        assert bool(report.conjugate) == (angle > math.pi)
+        assert bool(report.unique) == (angle < math.pi)
+        if angle > math.pi:
+            with pytest.raises(GeometryError, match="RoundSphere.dist: .*conjugate point"):
+                sphere.dist(x, y)
+
+
+def test_jacobi_fields_from_derivatives_of_exp():
+    """|J(t)| = sin t on the sphere and sinh t on the half-plane, for a unit normal start."""
+    for manifold, size in ((RoundSphere(2), math.sin), (HalfPlane(2), math.sinh)):
+        x = torch.tensor([0.1, 0.9], dtype=F64)
+        v = torch.tensor([0.6, 0.3], dtype=F64)
+        v = v / manifold.norm(x, v)
+        w = torch.tensor([-v[1], v[0]], dtype=F64)
+        w = w / manifold.norm(x, w)
+        for t in (0.3, 1.1, 2.0):
+            y, j = torch.func.jvp(lambda u, m=manifold, x=x: m.exp(x, u), (t * v,), (t * w,))
+            assert float(manifold.norm(y, j)) == pytest.approx(size(t), abs=1e-10)
+
+
+def test_holonomy_of_a_latitude_is_the_enclosed_area():
+    class Colatitude(Chart):
+        def metric(self, x):
+            one = torch.ones_like(x[..., 0])
+            return torch.diag_embed(torch.stack([one, x[..., 0].sin().square()], -1))
+
+    sphere, polar = Colatitude(2), 0.9
+
+    def loop(t):
+        return torch.stack([torch.full_like(t, polar), 2 * math.pi * t], -1)
+
+    w = sphere.transport_curve(loop, torch.tensor([1.0, 0.0], dtype=F64))
+    turned = complex(float(w[0]), float(w[1]) * math.sin(polar))
+    area = 2 * math.pi * (1 - math.cos(polar))
+    assert abs(turned - complex(math.cos(area), math.sin(area))) < 1e-10
+    assert abs(turned) == pytest.approx(1.0, abs=1e-13)
+
+
+def test_holonomy_transports_a_batch_alike():
+    half_plane = HalfPlane(2)
+
+    def loop(t):
+        point = torch.stack([0.3 * torch.cos(6.28 * t), 1.5 + 0.3 * torch.sin(6.28 * t)], -1)
+        return point[:, None].expand(-1, 4, -1)
+
+    v = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    together = half_plane.transport_curve(loop, v)
+    for one, alone in zip(v, together, strict=True):
+        moved = half_plane.transport_curve(lambda t: loop(t)[:, 0], one)
+        torch.testing.assert_close(moved, alone, atol=1e-12, rtol=0)
+
+
+def test_gradients_reach_the_metric():
+    class Scaled(Chart):
+        def __init__(self):
+            super().__init__(2)
+            self.log_scale = torch.nn.Parameter(torch.tensor(0.3, dtype=F64))
+
+        def metric(self, x):
+            w = torch.exp(-x.square().sum(-1) * self.log_scale.exp())
+            return torch.eye(2, dtype=x.dtype) * (1 + w)[..., None, None]
+
+    manifold = Scaled()
+    x = torch.tensor([[0.3, 0.2], [-0.5, 0.4]], dtype=F64)
+    v = torch.tensor([[0.5, -0.3], [0.9, 0.2]], dtype=F64)
+    y = manifold.exp(x, v).detach()
+    for f in (
+        lambda: manifold.exp(x, v).sum(),
+        lambda: manifold.log(x, y).square().sum(),
+        lambda: manifold.dist(x, y).sum(),
+        lambda: manifold.transport(x, y, v).square().sum(),
+        lambda: manifold.scalar_curvature(x).square().sum(),
+        lambda: manifold.log_volume(x).square().sum(),
+    ):
+        (first,) = torch.autograd.grad(f(), manifold.log_scale, create_graph=True)
+        (second,) = torch.autograd.grad(first, manifold.log_scale)
+        ends = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                manifold.log_scale += step
+            value = f()
+            ends.append((value.detach(), torch.autograd.grad(value, manifold.log_scale)[0]))
+            with torch.no_grad():
+                manifold.log_scale -= step
+        assert float(first.detach()) == pytest.approx(float(ends[0][0] - ends[1][0]) / 2e-5, abs=1e-8)
+        assert float(second) == pytest.approx(float(ends[0][1] - ends[1][1]) / 2e-5, abs=1e-6)
+
+
+def test_third_derivatives_of_log():
+    half_plane = HalfPlane(2)
+    (x,), (y,) = pairs(1)
+
+    def ours(z):
+        return half_plane.sqdist(x, z)
+
+    def closed(z):
+        return half_plane_distance(x, z).square()
+
+    for nest in (lambda f: jacfwd(hessian(f)), lambda f: jacrev(hessian(f))):
+        torch.testing.assert_close(nest(ours)(y), nest(closed)(y), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (20,), (3, 4, 5), (0,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batches_and_dtypes(shape, dtype):
+    manifold = Anisotropic(2)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(*shape, 2, dtype=dtype, generator=g)
+    v = 0.3 * torch.randn(*shape, 2, dtype=dtype, generator=g)
+    y = manifold.exp(x, v)
+    assert y.shape == x.shape
+    assert y.dtype == dtype
+    tol = 2e-4 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(manifold.log(x, y), v, atol=tol, rtol=tol)
+    assert manifold.dist(x, y).shape == shape
+    assert manifold.transport(x, y, v).shape == x.shape
+    assert manifold.riemann(x).shape == (*shape, 2, 2, 2, 2)
+    assert manifold.sectional(x, v, x.flip(-1)).dtype == dtype
+
+
+def test_leading_dimensions_broadcast():
+    manifold = HalfPlane(2)
+    x, y = pairs(4)
+    table = manifold.dist(x[:, None], y[None])
+    assert table.shape == (4, 4)
+    assert float(table[1, 2]) == pytest.approx(float(manifold.dist(x[1], y[2])), abs=1e-12)
+
+
+def test_vmap_equals_the_batch():
+    manifold = HalfPlane(2)
+    x, y = pairs(6)
+    v = manifold.log(x, y)
+    for f, args in (
+        (manifold.exp, (x, v)),
+        (manifold.log, (x, y)),
+        (manifold.dist, (x, y)),
+        (manifold.transport, (x, y, v)),
+        (manifold.christoffel, (x,)),
+        (manifold.riemann, (x,)),
+        (manifold.sectional, (x, v, x)),
+    ):
+        torch.testing.assert_close(vmap(f)(*args), f(*args), atol=1e-11, rtol=0)
+
+
+class TestDoor:
+    x = torch.zeros(5, 2, dtype=F64)
+
+    def test_last_dimension(self):
+        with pytest.raises(ValueError, match=r"Bump.exp: x has shape \(5, 3\), expected \(..., 2\)"):
+            Bump(2).exp(torch.zeros(5, 3), torch.zeros(5, 3))
+        message = r"Bump.exp: v has shape \(5, 4\), expected \(..., 2\) to match x of shape \(5, 2\)"
+        with pytest.raises(ValueError, match=message):
+            Bump(2).exp(self.x, torch.zeros(5, 4, dtype=F64))
+
+    def test_leading_dimensions(self):
+        with pytest.raises(ValueError, match="do not broadcast"):
+            Bump(2).exp(self.x, torch.zeros(4, 2, dtype=F64))
+
+    def test_dtype_and_type(self):
+        with pytest.raises(TypeError, match="v has dtype torch.float32, expected torch.float64"):
+            Bump(2).exp(self.x, torch.zeros(5, 2))
+        with pytest.raises(TypeError, match="x has dtype torch.int64, expected a real floating"):
+            Bump(2).exp(torch.zeros(5, 2, dtype=torch.int64), self.x)
+        with pytest.raises(TypeError, match=r"Bump.christoffel: x is a list, expected a torch.Tensor"):
+            Bump(2).christoffel([0.0, 1.0])  # pyright: ignore[reportArgumentType]
+
+    def test_nan(self):
+        with pytest.raises(ValueError, match="x of shape .* has 10 entries that are NaN"):
+            Bump(2).christoffel(self.x * math.nan)
+
+    def test_nan_is_seen_inside_transforms(self):
+        with pytest.raises(ValueError, match="NaN"):
+            vmap(jacrev(Bump(2).scalar_curvature))(self.x * math.nan)
+
+    def test_indefinite_metric(self):
+        class Saddle(Chart):
+            def metric(self, x):
+                return torch.diag_embed(torch.stack([torch.ones_like(x[..., 0]), x[..., 0]], -1))
+
+        x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        with pytest.raises(GeometryError, match=r"Saddle.exp: the metric at x is not positive .*1 of 2"):
+            Saddle(2).exp(x, x)
+        with pytest.raises(GeometryError, match="leaves the chart|could not be followed"):
+            Saddle(2).exp(x[0], torch.tensor([-3.0, 0.0]))
+
+    def test_asymmetric_metric(self):
+        class Crooked(Chart):
+            def metric(self, x):
+                return torch.tensor([[1.0, 0.3], [0.0, 1.0]], dtype=x.dtype).expand(*x.shape, 2)
+
+        with pytest.raises(GeometryError, match="not symmetric"):
+            Crooked(2).christoffel(self.x)
+
+    def test_metric_of_the_wrong_shape(self):
+        class Flat(Chart):
+            def metric(self, x):
+                return torch.eye(2, dtype=x.dtype)
+
+        message = r"metric\(x\) has shape \(2, 2\), expected \(5, 2, 2\)"
+        with pytest.raises(ValueError, match=message):
+            Flat(2).exp(self.x, self.x)
+
+    def test_function_of_the_wrong_shape(self):
+        with pytest.raises(ValueError, match=r"Bump.gradient: the function maps .* expected \(5,\)"):
+            Bump(2).gradient(lambda x: x, self.x)
+
+    def test_outside_the_chart(self):
+        with pytest.raises(ValueError, match="HalfPlane.exp: x of shape .* not on the manifold"):
+            HalfPlane(2).exp(-torch.ones(2), torch.ones(2))
+
+    def test_unreachable(self):
+        class Ring(Chart):
+            """A plane with a wall: no geodesic joins the two sides of |x| < 1."""
+
+            def metric(self, x):
+                return torch.eye(2, dtype=x.dtype).expand(*x.shape, 2)
+
+            def _is_point(self, x, atol):
+                return x[..., 0].abs() > 1
+
+        a, b = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.0])
+        assert not bool(Ring(2).connect(a, b).converged)
+        with pytest.raises(ConvergenceError, match="no geodesic found for 1 of 1 pairs"):
+            Ring(2).log(a, b)
+
+    def test_options(self):
+        with pytest.raises(ValueError, match="needs a number of steps"):
+            Bump(2, method="rk4")
+        with pytest.raises(ValueError, match="steps is 0"):
+            Bump(2, steps=0)
+        with pytest.raises(ValueError, match="periods has 1 entries, expected 2"):
+            Bump(2, periods=[1.0])
+        with pytest.raises(ValueError, match="dim is 0"):
+            Bump(0)
