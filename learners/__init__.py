@@ -1,0 +1,1 @@
+"""Sequence models assembled from the layers below."""
