@@ -6,7 +6,7 @@ with an underscore for what you know in closed form; add a line to ``tests/cases
 
 from darboux.manifolds.base import Connection, Manifold
 from darboux.manifolds.chart import Chart
-from darboux.manifolds.combine import Conformal, Product, Pullback, Warped
+from darboux.manifolds.combine import Conformal, Warped
 from darboux.manifolds.embedded import Embedded
 from darboux.manifolds.euclidean import Euclidean, FlatTorus
 from darboux.manifolds.fisher import FisherGaussian
@@ -19,6 +19,8 @@ from darboux.manifolds.learned import (
     RBFUncertainty,
     TokenBumps,
 )
+from darboux.manifolds.product import Product
+from darboux.manifolds.pullback import Pullback
 from darboux.manifolds.space_forms import HalfSpace, Hyperbolic, Stereographic
 from darboux.manifolds.sphere import Sphere
 from darboux.manifolds.surfaces import Ellipsoid, SurfaceOfRevolution, TorusOfRevolution

@@ -422,7 +422,9 @@ class Manifold(nn.Module, ABC):
         if _checks.checks_values():
             ok = _checks.values(connection.converged)
             if not ok.all():
-                residual = float(_checks.values(connection.residual).nan_to_num(nan=torch.inf).max())
+                residual = float(
+                    _checks.values(connection.residual).nan_to_num(nan=torch.inf).max()
+                )
                 raise ConvergenceError(
                     f"{self.name}.{method}: no geodesic found for {ok.numel() - int(ok.sum())} of "
                     f"{ok.numel()} pairs (largest residual {residual:.1e}); they may be too far "

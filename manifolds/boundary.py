@@ -146,7 +146,9 @@ def _newton_matrix(jac: Tensor, k: int) -> Tensor:
     d = jac.shape[-2]
     a, b = (jac[..., :d], jac[..., d:])
     point, tangent = _constant(k, "point", jac), _constant(k, "tangent", jac)
-    m = torch.einsum("ij,i...kl->...ikjl", point, a) + torch.einsum("ij,i...kl->...ikjl", tangent, b)
+    m = torch.einsum("ij,i...kl->...ikjl", point, a) + torch.einsum(
+        "ij,i...kl->...ikjl", tangent, b
+    )
     m = m.flatten(-4, -3).flatten(-2)
     return torch.eye(k * d, dtype=jac.dtype, device=jac.device) - m
 
@@ -239,9 +241,7 @@ def _newton(
             before = size
             if not in_transform() and float((size > tol).float().mean()) < 0.5:
                 # the few that are left go on alone
-                rest = partial(
-                    _newton, acceleration, inside, tol=tol, iterations=iterations - i
-                )
+                rest = partial(_newton, acceleration, inside, tol=tol, iterations=iterations - i)
                 return _on_rest(rest, second, size <= tol, x, y, k)
         fresh = rate > 0.1  # a matrix that still contracts fast is kept
         if fresh:

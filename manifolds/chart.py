@@ -22,7 +22,6 @@ from darboux.manifolds import boundary, connection, curvature, operators, shooti
 from darboux.manifolds.base import Connection, Manifold
 from darboux.manifolds.linalg import dot, is_positive, matvec, solve, solve_vector
 
-
 # Steps in one piece of compiled code: more cost more to compile than they save.
 _CHUNK = 2
 
@@ -209,7 +208,8 @@ class Chart(Manifold):
         _checks.check_last(where, "v", v, self.dim)
         c = torch.as_tensor(gauss_legendre(shooting.STAGES).c).to(v)
         t = (torch.arange(steps, dtype=v.dtype, device=v.device)[:, None] + c) / steps
-        x, dx = _autodiff.directional(curve, t.flatten(), torch.ones_like(t.flatten()))
+        times = t.flatten()
+        x, dx = torch.func.jvp(curve, (times,), (torch.ones_like(times),))
         _checks.check_last(where, "curve(t)", x, self.dim)
         ends = curve(torch.cat([torch.zeros_like(t[0, :1]), torch.ones_like(t[0, :1])]))
 

@@ -93,5 +93,3 @@ def geodesic_field(
 
     _, force = pullback(metric, x, cotangent)
     return velocity, force
-
-

@@ -50,13 +50,17 @@ def half_plane_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def test_exp_on_the_half_plane():
     for s in (0.1, 1.3, 4.0):
-        end = HalfPlane(2).exp(torch.tensor([0.0, 1.0], dtype=F64), torch.tensor([s, 0.0], dtype=F64))
+        end = HalfPlane(2).exp(
+            torch.tensor([0.0, 1.0], dtype=F64), torch.tensor([s, 0.0], dtype=F64)
+        )
         assert end.tolist() == pytest.approx([math.tanh(s), 1 / math.cosh(s)], abs=1e-12)
 
 
 def test_distance_on_the_half_plane():
     x, y = pairs(100)
-    torch.testing.assert_close(HalfPlane(2).dist(x, y), half_plane_distance(x, y), atol=1e-11, rtol=0)
+    torch.testing.assert_close(
+        HalfPlane(2).dist(x, y), half_plane_distance(x, y), atol=1e-11, rtol=0
+    )
 
 
 def test_far_pairs_on_the_half_plane():
@@ -186,7 +190,9 @@ def test_gradients_reach_the_metric():
             ends.append((value.detach(), torch.autograd.grad(value, manifold.log_scale)[0]))
             with torch.no_grad():
                 manifold.log_scale -= step
-        assert float(first.detach()) == pytest.approx(float(ends[0][0] - ends[1][0]) / 2e-5, abs=1e-8)
+        assert float(first.detach()) == pytest.approx(
+            float(ends[0][0] - ends[1][0]) / 2e-5, abs=1e-8
+        )
         assert float(second) == pytest.approx(float(ends[0][1] - ends[1][1]) / 2e-5, abs=1e-6)
 
 
@@ -250,9 +256,13 @@ class TestDoor:
     x = torch.zeros(5, 2, dtype=F64)
 
     def test_last_dimension(self):
-        with pytest.raises(ValueError, match=r"Bump.exp: x has shape \(5, 3\), expected \(..., 2\)"):
+        with pytest.raises(
+            ValueError, match=r"Bump.exp: x has shape \(5, 3\), expected \(..., 2\)"
+        ):
             Bump(2).exp(torch.zeros(5, 3), torch.zeros(5, 3))
-        message = r"Bump.exp: v has shape \(5, 4\), expected \(..., 2\) to match x of shape \(5, 2\)"
+        message = (
+            r"Bump.exp: v has shape \(5, 4\), expected \(..., 2\) to match x of shape \(5, 2\)"
+        )
         with pytest.raises(ValueError, match=message):
             Bump(2).exp(self.x, torch.zeros(5, 4, dtype=F64))
 
@@ -265,7 +275,9 @@ class TestDoor:
             Bump(2).exp(self.x, torch.zeros(5, 2))
         with pytest.raises(TypeError, match="x has dtype torch.int64, expected a real floating"):
             Bump(2).exp(torch.zeros(5, 2, dtype=torch.int64), self.x)
-        with pytest.raises(TypeError, match=r"Bump.christoffel: x is a list, expected a torch.Tensor"):
+        with pytest.raises(
+            TypeError, match=r"Bump.christoffel: x is a list, expected a torch.Tensor"
+        ):
             Bump(2).christoffel([0.0, 1.0])  # pyright: ignore[reportArgumentType]
 
     def test_nan(self):
@@ -282,7 +294,9 @@ class TestDoor:
                 return torch.diag_embed(torch.stack([torch.ones_like(x[..., 0]), x[..., 0]], -1))
 
         x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-        with pytest.raises(GeometryError, match=r"Saddle.exp: the metric at x is not positive .*1 of 2"):
+        with pytest.raises(
+            GeometryError, match=r"Saddle.exp: the metric at x is not positive .*1 of 2"
+        ):
             Saddle(2).exp(x, x)
         with pytest.raises(GeometryError, match="leaves the chart|could not be followed"):
             Saddle(2).exp(x[0], torch.tensor([-3.0, 0.0]))
@@ -305,7 +319,9 @@ class TestDoor:
             Flat(2).exp(self.x, self.x)
 
     def test_function_of_the_wrong_shape(self):
-        with pytest.raises(ValueError, match=r"Bump.gradient: the function maps .* expected \(5,\)"):
+        with pytest.raises(
+            ValueError, match=r"Bump.gradient: the function maps .* expected \(5,\)"
+        ):
             Bump(2).gradient(lambda x: x, self.x)
 
     def test_outside_the_chart(self):

@@ -17,6 +17,11 @@ Field = Callable[[Tensor], Tensor]
 
 def directional(f: Field, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``f(x)`` and its derivative along ``v``, by one forward-mode pass."""
+    v = v.expand_as(x)
+    if x.dim() == 1:
+        # Forward mode promotes float32 scalars to float64: leave no tensor without dimensions.
+        y, dy = directional(f, x[None], v[None])
+        return y[0], dy[0]
     # Forward mode refuses tangents and primals that share memory with themselves.
     return torch.func.jvp(f, (_own(x),), (_own(v),))
 
@@ -71,7 +76,7 @@ def pullback(
     Differentiable again in ``x``, in the cotangent and in whatever ``f`` depends on. Outside
     ``torch.func`` plain autograd does it at about half the cost.
     """
-    if torch.compiler.is_compiling() or in_transform():
+    if in_transform():
         y, pull = torch.func.vjp(f, x)
         return y, pull(cotangent(y))[0]
     # Inference mode records nothing, so leave it for the one pass that has to be recorded.

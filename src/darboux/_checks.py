@@ -54,7 +54,12 @@ def values(x: Tensor) -> Tensor:
 
 
 def in_transform() -> bool:
-    """Say whether a ``torch.func`` transform or a forward-mode level is active."""
+    """Say whether a ``torch.func`` transform, forward mode or a compiler is at work here.
+
+    Plain ``torch.autograd`` must then be left alone.
+    """
+    if torch.compiler.is_compiling():
+        return True
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -68,7 +73,9 @@ def check_tensor(where: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: {name} is a {type(x).__name__}, expected a torch.Tensor")
     if not x.is_floating_point():
-        raise TypeError(f"{where}: {name} has dtype {x.dtype}, expected a real floating-point dtype")
+        raise TypeError(
+            f"{where}: {name} has dtype {x.dtype}, expected a real floating-point dtype"
+        )
 
 
 def check_last(where: str, name: str, x: object, size: int) -> None:
@@ -80,7 +87,7 @@ def check_last(where: str, name: str, x: object, size: int) -> None:
 
 
 def check_like(where: str, name: str, x: object, ref_name: str, ref: Tensor) -> None:
-    """Raise unless ``x`` has the last dimension, dtype and device of ``ref`` and broadcasts to it."""
+    """Raise unless ``x`` has the last dimension, dtype and device of ``ref`` and broadcasts."""
     check_tensor(where, name, x)
     assert isinstance(x, Tensor)
     n = ref.shape[-1]

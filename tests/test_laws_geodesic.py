@@ -1,0 +1,150 @@
+"""Laws of exp, log, dist, geodesic and transport, on every space."""
+
+import pytest
+import torch
+from cases import MANIFOLDS, points, reachable, tangents
+from torch.func import hessian, jacfwd, jacrev, vmap
+
+EVERY = pytest.mark.parametrize("case", MANIFOLDS, ids=lambda c: c.name)
+CHARTS = pytest.mark.parametrize("case", [c for c in MANIFOLDS if c.is_chart], ids=lambda c: c.name)
+
+
+def close(a, b, tol):
+    size = max(1.0, float(b.abs().max()))
+    assert float((a - b).abs().max()) <= tol * size
+
+
+@EVERY
+def test_log_inverts_exp(case):
+    manifold, x = points(case, 20)
+    v, y = reachable(case, manifold, x)
+    assert bool(manifold.is_point(y).all())
+    close(manifold.log(x, y), v, 1e-9)
+    close(manifold.project(manifold.exp(x, manifold.log(x, y))), manifold.project(y), 1e-9)
+    report = manifold.connect(x, y)
+    assert bool(report.converged.all())
+    assert not bool(report.conjugate.any())
+    assert bool(report.unique.all())
+    assert float(report.residual.max()) <= 1e-9
+
+
+@EVERY
+def test_distance_is_the_length_of_log(case):
+    manifold, x = points(case, 20)
+    v, y = reachable(case, manifold, x)
+    close(manifold.dist(x, y), manifold.norm(x, v), 1e-9)
+    close(manifold.dist(y, x), manifold.dist(x, y), 1e-9)
+    close(manifold.sqdist(x, y), manifold.inner(x, v, v), 1e-9)
+    assert float(manifold.dist(x, x).abs().max()) == 0.0
+
+
+@EVERY
+def test_geodesic_is_exp_of_the_scaled_vector_at_constant_speed(case):
+    manifold, x = points(case, 5)
+    v, _ = reachable(case, manifold, x)
+    ts = torch.tensor([-0.7, 0.0, 0.3, 1.0], dtype=x.dtype)
+    path = manifold.geodesic(x, v, ts)
+    assert path.shape == (4, *x.shape)
+    for t, here in zip(ts, path, strict=True):
+        close(manifold.project(here), manifold.project(manifold.exp(x, t * v)), 1e-9)
+    # the defect of c'' = -Gamma(c', c') by differentiating in time
+    t0 = torch.tensor([0.4], dtype=x.dtype)
+
+    def curve(t):
+        return manifold.geodesic(x, v, t[None])[0]
+
+    velocity = jacfwd(curve)(t0[0])
+    second = jacfwd(jacfwd(curve))(t0[0])
+    here = curve(t0[0])
+    close(second, manifold.acceleration(here, velocity), 1e-7)
+    close(manifold.norm(here, velocity), manifold.norm(x, v), 1e-9)
+
+
+@EVERY
+def test_transport_is_an_isometry(case):
+    manifold, x = points(case, 20)
+    v, y = reachable(case, manifold, x)
+    u, w = tangents(manifold, x, 2, seed=7)
+    moved_u, moved_w = manifold.transport(x, y, u), manifold.transport(x, y, w)
+    assert bool(manifold.is_tangent(y, moved_u).all())
+    close(manifold.inner(y, moved_u, moved_w), manifold.inner(x, u, w), 1e-9)
+    # the velocity of a geodesic is parallel, and there and back is the identity
+    close(manifold.transport(x, y, v), -manifold.log(y, x), 1e-9)
+    close(manifold.transport(y, x, moved_u), u, 1e-9)
+    end, along = manifold.transport_along(x, v, u)
+    close(manifold.project(end), manifold.project(y), 1e-9)
+    close(along, moved_u, 1e-9)
+
+
+@EVERY
+def test_derivatives_of_exp_and_log_at_rest(case):
+    """v = 0 and y = x are where textbook formulas divide zero by zero."""
+    manifold, x = points(case, 3)
+    n = manifold.point_dim
+    eye = torch.eye(n, dtype=x.dtype)
+    for point in x:
+        zero = torch.zeros_like(point)
+        tangent = torch.stack([manifold.project_tangent(point, e) for e in eye], -1)
+        close(manifold.exp(point, zero), point, 1e-15)
+        assert float(manifold.log(point, point).abs().max()) == 0.0
+        for jac in (jacfwd, jacrev):
+            close(jac(lambda v: manifold.exp(point, v))(zero) @ tangent, tangent, 1e-9)
+            close(jac(lambda y: manifold.log(point, y))(point) @ tangent, tangent, 1e-9)
+            assert bool(jac(lambda y: manifold.dist(point, y))(point).isfinite().all())
+        # c(t) = exp(t v) has c'' = -Gamma(v, v)
+        (v,) = tangents(manifold, point)
+        second = jacfwd(jacfwd(lambda t: manifold.exp(point, t * v)))(zero[0])
+        close(second, manifold.acceleration(point, v), 1e-8)
+        hess = hessian(lambda y: manifold.sqdist(point, y))(point)
+        g = tangent.mT @ manifold.metric(point) @ tangent
+        close(tangent.mT @ hess @ tangent, 2 * g, 1e-8)
+
+
+@EVERY
+def test_first_variation_of_distance(case):
+    manifold, x = points(case, 10)
+    _, y = reachable(case, manifold, x)
+    y = y.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(0.5 * manifold.sqdist(x, y).sum(), y)
+    y = y.detach()
+    close(manifold.project_tangent(y, manifold.sharp(y, grad)), -manifold.log(y, x), 1e-8)
+
+
+def differences(f, x, step=1e-6):
+    """Jacobian by central differences, (*out, n)."""
+    eye = torch.eye(x.shape[-1], dtype=x.dtype)
+    return torch.stack([(f(x + step * e) - f(x - step * e)) / (2 * step) for e in eye], -1)
+
+
+@EVERY
+def test_gradients_against_finite_differences(case):
+    manifold, x = points(case, 1)
+    v, y = reachable(case, manifold, x)
+    x, v, y = x[0], v[0], y[0]
+    (w,) = tangents(manifold, x, seed=9)
+    n = manifold.point_dim
+    # ambient probes must stay tangent, so compare on the tangent space
+    tx = torch.stack([manifold.project_tangent(x, e) for e in torch.eye(n, dtype=x.dtype)], -1)
+    ty = torch.stack([manifold.project_tangent(y, e) for e in torch.eye(n, dtype=x.dtype)], -1)
+    for f, z, t in (
+        (lambda z: manifold.exp(x, z), v, tx),
+        (lambda z: manifold.log(x, z), y, ty),
+        (lambda z: manifold.dist(x, z), y, ty),
+        (lambda z: manifold.transport(x, z, w), y, ty),
+        (lambda z: manifold.scalar_curvature(z), x, tx),
+    ):
+        # move along the tangent directions only
+        along = lambda s, f=f, z=z, t=t: f(manifold.project(z + t @ s) if z is not v else z + t @ s)  # noqa: E731
+        zero = torch.zeros(n, dtype=x.dtype)
+        expected = differences(along, zero)
+        for jac in (jacfwd, jacrev):
+            close(jac(along)(zero), expected, 1e-6)
+
+    # nested, and under vmap: the Hessian of the distance by differencing its gradient
+    def energy(s):
+        return manifold.sqdist(x, manifold.project(y + ty @ s))
+
+    zero = torch.zeros(n, dtype=x.dtype)
+    expected = differences(jacrev(energy), zero)
+    close(hessian(energy)(zero), expected, 1e-5)
+    close(vmap(hessian(energy))(zero.expand(2, -1))[1], expected, 1e-5)
