@@ -30,6 +30,8 @@ NODES = (16, 32, 64)
 _ITERATIONS = 30
 _PATIENCE = 5  # iterations in which a pair must halve its defect to be worth going on
 _DAMPINGS = 5
+# Expansions whose last coefficients are larger than this are not solutions.
+_RESOLVED = 1e-2
 _CORRECTIONS = 3
 
 
@@ -69,34 +71,36 @@ def _nodes(k: int) -> dict[str, np.ndarray]:
     }
 
 
-def connect(
-    acceleration: Acceleration,
-    metric: Callable[[Tensor], Tensor],
-    inside: Callable[[Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    *,
-    persistent: bool = True,
-) -> Curve:
+class Problem(NamedTuple):
+    """What the solver asks of a chart."""
+
+    acceleration: Acceleration  # (x, v) -> -Gamma(v, v)
+    metric: Callable[[Tensor], Tensor]
+    inside: Callable[[Tensor], Tensor]  # where a point is in the chart
+    # (x, y) (n, d) -> a discrete geodesic (time, n, d) to start from where Newton's method from
+    # the straight line fails; lengthening shorter geodesics is tried instead where there is none
+    path: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def connect(problem: Problem, x: Tensor, y: Tensor, *, persistent: bool = True) -> Curve:
     """Solve for the geodesic from ``x`` to ``y``, both ``(..., d)``.
 
-    ``acceleration(x, v)`` is :math:`-\\Gamma(v, v)`; ``inside(x)`` says where a point is in the
-    chart. Pairs that cannot be solved come back with ``converged`` false; ``persistent=False``
-    gives up on them sooner. Differentiable in ``x``, ``y`` and whatever ``acceleration`` depends
-    on, by the implicit function theorem: the solution is found on detached numbers and then
-    corrected by chord steps with the Newton matrix there, which is exact for derivatives up to
-    third order.
+    Pairs that cannot be solved come back with ``converged`` false; ``persistent=False`` gives up
+    on them sooner. Differentiable in ``x``, ``y`` and whatever the acceleration depends on, by
+    the implicit function theorem: the solution is found on detached numbers and then corrected
+    by chord steps with the Newton matrix there, which is exact for derivatives up to third order.
     """
     batch, d = x.shape[:-1], x.shape[-1]
     x, y = x.reshape(-1, d), y.reshape(-1, d)
+    acceleration = problem.acceleration
     with torch.no_grad():
         x0, y0 = x.detach(), y.detach()
-        second, converged, k = _solve(acceleration, inside, x0, y0, persistent)
+        second, converged, k = _solve(problem, x0, y0, persistent)
         p, v, _ = _curve(second, x0, y0, k)
         defect = (acceleration(p, v) - second).abs().amax(-1).amax(0)
         residual = defect / _scale(x0, y0).square()
         matrix = _newton_matrix(_jacobians(acceleration, p, v), k)
-        index_free = _second_variation_positive(metric(p), matrix, k)
+        index_free = _second_variation_positive(problem.metric(p), matrix, k)
     point, tangent, velocity = _curve(second, x, y, k)
     step = acceleration(point, tangent) - second
     if in_transform() or step.requires_grad:  # somebody asks for derivatives
@@ -161,29 +165,70 @@ def _apply(inverse: Tensor, nodal: Tensor) -> Tensor:
 
 
 def _solve(
-    acceleration: Acceleration,
-    inside: Callable[[Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-    persistent: bool,
+    problem: Problem, x: Tensor, y: Tensor, persistent: bool
 ) -> tuple[Tensor, Tensor, int]:
     tol = max(1e-11, 200 * torch.finfo(x.dtype).eps)
+    newton = partial(_newton, problem.acceleration, problem.inside, tol=tol)
+    # A tail of the expansion this small leaves v_0 converged to round-off: it is second order.
+    smooth = 10 * tol**0.5
     k = NODES[0]
-    newton = partial(_newton, acceleration, inside, tol=tol)
-    second = torch.zeros(k, *x.shape, dtype=x.dtype, device=x.device)
-    second, converged = newton(second, x, y, k)
-    if persistent and not values(converged).all():
+    second, converged = newton(torch.zeros(k, *x.shape, dtype=x.dtype, device=x.device), x, y, k)
+    if problem.path is not None and persistent and not in_transform():
+        easy = converged & (_tail(second, x, y, k) <= smooth) & _minimises(problem, second, x, y, k)
+        if not easy.all():
+            second, k = _refine(second, k, NODES[-1]), NODES[-1]
+            start = partial(_from_path, problem.path, newton)
+            second, converged = _on_rest(start, second, easy, x, y, k)
+            second, settled = newton(second, x, y, k)
+            converged = settled & (converged | easy)
+    elif persistent and not values(converged).all():
         second, converged = _on_rest(partial(_continue, newton), second, converged, x, y, k)
-    for finer in NODES[1:]:
-        # A tail of the expansion this small leaves v_0 converged to round-off: it is second order.
-        tail = _mix(_constant(k, "tail", x), second).abs().amax(-1).amax(0)
-        rough = converged & (tail > 10 * tol**0.5 * _scale(x, y).square())
-        if not values(rough).any():
+    for finer in NODES[NODES.index(k) + 1 :]:
+        if not values(converged & (_tail(second, x, y, k) > smooth)).any():
             break
         second, k = _refine(second, k, finer), finer
         second, refined = newton(second, x, y, k)
         converged = converged & refined
-    return second, converged, k
+    # Solved at the nodes is not solved between them.
+    return second, converged & (_tail(second, x, y, k) <= max(_RESOLVED, smooth)), k
+
+
+def _tail(second: Tensor, x: Tensor, y: Tensor, k: int) -> Tensor:
+    # size of the last coefficients of the expansion, relative to the speed squared
+    tail = _mix(_constant(k, "tail", x), second).abs().amax(-1).amax(0)
+    return tail / _scale(x, y).square()
+
+
+def _minimises(problem: Problem, second: Tensor, x: Tensor, y: Tensor, k: int) -> Tensor:
+    point, tangent, _ = _curve(second, x, y, k)
+    matrix = _newton_matrix(_jacobians(problem.acceleration, point, tangent), k)
+    return _second_variation_positive(problem.metric(point), matrix, k)
+
+
+def _from_path(
+    path: Callable[[Tensor, Tensor], Tensor],
+    newton: Callable[..., tuple[Tensor, Tensor]],
+    second: Tensor,
+    x: Tensor,
+    y: Tensor,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    return newton(_fit(path(x, y), k), x, y, k)
+
+
+def _fit(path: Tensor, k: int, degree: int = 24) -> Tensor:
+    """Fit a polynomial to a path ``(time, ..., d)``; return its second derivative at k nodes."""
+    t = np.linspace(0, 1, len(path))
+    columns = []
+    for unit in np.eye(degree):  # integrated twice, and made to vanish at both ends
+        twice = legendre.legint(unit, 2, lbnd=-1)
+        columns.append((legendre.legval(2 * t - 1, twice) - t * legendre.legval(1.0, twice)) / 4)
+    to_nodes = legendre.legvander(legendre.leggauss(k)[0], degree - 1)
+    fit = to_nodes @ np.linalg.pinv(np.stack(columns, 1))
+    straight = torch.linspace(0, 1, len(path), dtype=path.dtype, device=path.device)
+    chord = straight.reshape(-1, *[1] * (path.dim() - 1)) * (path[-1] - path[0])
+    fit = torch.as_tensor(fit, dtype=path.dtype, device=path.device)
+    return torch.tensordot(fit, path - path[0] - chord, 1)
 
 
 def _on_rest(

@@ -258,12 +258,9 @@ class Chart(Manifold):
     # -- geodesics between points ---------------------------------------------------------
 
     def _connect(self, x: Point, y: Point) -> Connection:
-        return self._connecting_curve(x, y)[0]
-
-    def _connecting_curve(self, x: Point, y: Point) -> tuple[Connection, boundary.Curve]:
         with self._graph_if_wanted(x, y):
             y = self._nearest_image(x, y)
-            solve = partial(boundary.connect, self._acceleration, self.metric, self._inside)
+            solve = partial(boundary.connect, self._boundary_problem())
             curve = solve(x, y)
             best = Connection(
                 curve.velocity,
@@ -280,7 +277,10 @@ class Chart(Manifold):
                 rival = solve(x, end, persistent=False)
                 good = worthwhile & rival.converged & rival.index_free
                 best = self._shorter(x, best, rival, good)
-            return best, curve
+            return best
+
+    def _boundary_problem(self) -> boundary.Problem:
+        return boundary.Problem(self._acceleration, self.metric, self._inside)
 
     def _shorter(
         self, x: Point, best: Connection, rival: boundary.Curve, good: Tensor
@@ -369,12 +369,8 @@ class Chart(Manifold):
                 f"the metric at {name} is not positive definite",
                 GeometryError,
             )
-        tol = 100 * torch.finfo(x.dtype).eps
         _checks.check_that(
-            where,
-            lambda: (g - g.mT).abs().amax() <= tol * g.abs().amax() if g.numel() else x.isfinite(),
-            f"the metric at {name} is not symmetric",
-            GeometryError,
+            where, lambda: _symmetric(g), f"the metric at {name} is not symmetric", GeometryError
         )
 
     def _random_point(self, z: Tensor) -> Point:
@@ -391,6 +387,14 @@ class Chart(Manifold):
         if any(t.requires_grad for t in inputs) or self.metric(inputs[0]).requires_grad:
             return contextlib.nullcontext()
         return torch.no_grad()
+
+
+def _symmetric(g: Tensor) -> Tensor:
+    g = g.detach()
+    if not in_transform() and torch.equal(g, g.mT):  # much the cheaper test, and nearly always true
+        return torch.ones((), dtype=torch.bool)
+    tol = 100 * torch.finfo(g.dtype).eps * g.abs().amax((-1, -2), keepdim=True)
+    return ((g - g.mT).abs() <= tol).all(-1).all(-1)
 
 
 def _solve_triangular(a: Tensor, b: Tensor, *, upper: bool) -> Tensor:

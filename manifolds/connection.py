@@ -6,6 +6,7 @@ whatever can be had contracted is never formed as a ``d^3`` tensor.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,15 +31,24 @@ def metric_derivative(metric: Metric, x: Tensor) -> tuple[Tensor, Tensor]:
     if d > _REVERSE_UP_TO or in_transform():
         return jacobian(metric, x)
     # One reverse pass over the d (d + 1)/2 entries costs less than the overhead of jvp.
-    a, b = torch.triu_indices(d, d, device=x.device)
-    entries = torch.zeros(a.numel(), d, d, dtype=x.dtype, device=x.device)
-    entries[torch.arange(a.numel(), device=x.device), a, b] = 1.0
-    copies = x.expand(a.numel(), *x.shape)
+    entries, position = _entries(d, x.dtype, x.device)
+    copies = x.expand(len(entries), *x.shape)
     entries = entries.reshape(-1, *[1] * (x.dim() - 1), d, d)
     g, rows = pullback(metric, copies, lambda g: entries.expand_as(g))
-    position = torch.empty(d, d, dtype=torch.long, device=x.device)
-    position[a, b] = position[b, a] = torch.arange(a.numel(), device=x.device)
-    return g[0], rows[position.flatten()].movedim(0, -2).unflatten(-2, (d, d))
+    return g[0], rows[position].movedim(0, -2).unflatten(-2, (d, d))
+
+
+@lru_cache
+def _entries(d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    # the unit matrices of the upper triangle, and which of them holds each of the d^2 entries
+    with torch.inference_mode(False):
+        a, b = torch.triu_indices(d, d, device=device)
+        count = torch.arange(len(a), device=device)
+        entries = torch.zeros(len(a), d, d, dtype=dtype, device=device)
+        entries[count, a, b] = 1.0
+        position = torch.empty(d, d, dtype=torch.long, device=device)
+        position[a, b] = position[b, a] = count
+    return entries, position.flatten()
 
 
 def christoffel(metric: Metric, x: Tensor, positive: bool = True) -> Tensor:

@@ -152,7 +152,8 @@ class Embedded(Manifold):
             return z.isfinite().all(-1)
 
         with self._graph_if_wanted(x, y):
-            curve = boundary.connect(self._acceleration, self.metric, inside, x, y)
+            problem = boundary.Problem(self._acceleration, self.metric, inside)
+            curve = boundary.connect(problem, x, y)
             velocity = self._project_tangent(x, curve.velocity)
             # The ambient problem may have other solutions: only tangent ones are geodesics.
             normal = (curve.velocity - velocity).detach().norm(dim=-1)

@@ -68,8 +68,17 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-F64 = {"dtype": torch.float64}
-SKEW = torch.tensor([[1.0, 0.0], [0.4, 0.9]], **F64) * 5
+def bumps() -> m.TokenBumps:
+    centers, directions = torch.randn(2, 4, 2, generator=generator(), dtype=F64)
+    return m.TokenBumps(centers, directions, torch.tensor([0.5, 1.0, 0.2, 0.8], dtype=F64), 0.9)
+
+
+def spread() -> m.RBFUncertainty:
+    return m.RBFUncertainty(torch.randn(5, 2, generator=generator(), dtype=F64), 1.0, floor=0.5)
+
+
+F64 = torch.float64
+SKEW = torch.tensor([[1.0, 0.0], [0.4, 0.9]], dtype=F64) * 5
 MANIFOLDS = [
     Case("euclidean", lambda: m.Euclidean(3)),
     Case("flat_torus", lambda: m.FlatTorus(2)),
@@ -91,6 +100,16 @@ MANIFOLDS = [
     Case("conformal", lambda: m.Conformal(m.Euclidean(3), tilt)),
     Case("conformal_torus", lambda: m.Conformal(m.TorusOfRevolution(), tilt)),
     Case("warped", lambda: m.Warped(m.Euclidean(1), m.Stereographic(2, curvature=1.0), swell)),
+    Case("cholesky_net", lambda: m.CholeskyNetwork(2, width=16, generator=generator(), dtype=F64)),
+    Case(
+        "conformal_net", lambda: m.ConformalNetwork(3, width=16, generator=generator(), dtype=F64)
+    ),
+    Case("diagonal_net", lambda: m.DiagonalNetwork(3, width=16, generator=generator(), dtype=F64)),
+    Case(
+        "low_rank_net", lambda: m.LowRankNetwork(3, 1, width=16, generator=generator(), dtype=F64)
+    ),
+    Case("token_bumps", bumps),
+    Case("decoder", lambda: m.DecoderPullback(decoder(2).double(), spread(), dim=2)),
     Case("bump", lambda: Bump(2)),
     Case("anisotropic", lambda: Anisotropic(3)),
     Case("anisotropic_4", lambda: Anisotropic(4)),

@@ -10,6 +10,7 @@ CHARTS = pytest.mark.parametrize("case", [c for c in MANIFOLDS if c.is_chart], i
 
 
 def close(a, b, tol):
+    a, b = a.detach(), b.detach()
     size = max(1.0, float(b.abs().max()))
     assert float((a - b).abs().max()) <= tol * size
 

@@ -6,6 +6,7 @@ large: no vmap, no loop.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,12 @@ def directional(f: Field, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         y, dy = directional(f, x[None], v[None])
         return y[0], dy[0]
     # Forward mode refuses tangents and primals that share memory with themselves.
-    return torch.func.jvp(f, (_own(x),), (_own(v),))
+    return _jvp(f, _own(x), _own(v))
+
+
+def _jvp(f: Callable[[Tensor], Any], x: Tensor, v: Tensor) -> tuple[Any, Any]:
+    y, dy, *_ = torch.func.jvp(f, (x,), (v,))
+    return y, dy
 
 
 def _own(x: Tensor) -> Tensor:
@@ -56,11 +62,10 @@ def jet(f: Field, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first, second = _basis(x, eye[i]), _basis(x, eye[j])
 
     def along_first(z: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(f, (z,), (first,))
+        return _jvp(f, z, first)
 
-    (y, dy), (_, d2y) = torch.func.jvp(
-        along_first, (x.expand(i.numel(), *x.shape).contiguous(),), (second,)
-    )
+    copies = x.expand(i.numel(), *x.shape).contiguous()
+    (y, dy), (_, d2y) = _jvp(along_first, copies, second)
     position = torch.empty(d, d, dtype=torch.long, device=x.device)
     position[i, j] = position[j, i] = torch.arange(i.numel(), device=x.device)
     diagonal = position.diagonal()
@@ -77,7 +82,7 @@ def pullback(
     ``torch.func`` plain autograd does it at about half the cost.
     """
     if in_transform():
-        y, pull = torch.func.vjp(f, x)
+        y, pull, *_ = torch.func.vjp(f, x)
         return y, pull(cotangent(y))[0]
     # Inference mode records nothing, so leave it for the one pass that has to be recorded.
     with torch.inference_mode(False):
