@@ -164,9 +164,7 @@ def _apply(inverse: Tensor, nodal: Tensor) -> Tensor:
     return (inverse @ column).squeeze(-1).unflatten(-1, (k, d)).movedim(-2, 0)
 
 
-def _solve(
-    problem: Problem, x: Tensor, y: Tensor, persistent: bool
-) -> tuple[Tensor, Tensor, int]:
+def _solve(problem: Problem, x: Tensor, y: Tensor, persistent: bool) -> tuple[Tensor, Tensor, int]:
     tol = max(1e-11, 200 * torch.finfo(x.dtype).eps)
     newton = partial(_newton, problem.acceleration, problem.inside, tol=tol)
     # A tail of the expansion this small leaves v_0 converged to round-off: it is second order.

@@ -90,6 +90,11 @@ class Chart(Manifold):
     def _flat(self, x: Point, v: Tangent) -> Covector:
         return matvec(self.metric(x), v)
 
+    def norm(self, x: Point, v: Tangent) -> Scalar:
+        """Return the length of ``v``; raise ``GeometryError`` for a metric that is not positive."""
+        self._needs_positive("norm")
+        return super().norm(x, v)
+
     def _log_volume(self, x: Point) -> Scalar:
         return operators.log_volume(self.metric, x, self.positive)
 
@@ -190,6 +195,7 @@ class Chart(Manifold):
 
     def _transport_along(self, x: Point, u: Tangent, v: Tangent) -> tuple[Point, Tangent]:
         d = self.dim
+        self._needs_positive("transport")
         with self._graph_if_wanted(x, u, v):
             z = torch.cat([x, self._flat(x, u)], -1)
             shot = self._shoot("transport", self._packed_field, z)
@@ -205,6 +211,7 @@ class Chart(Manifold):
         number of ``steps``; the error falls with the 16th power of their length.
         """
         where = f"{self.name}.transport_curve"
+        self._needs_positive("transport_curve")
         _checks.check_last(where, "v", v, self.dim)
         c = torch.as_tensor(gauss_legendre(shooting.STAGES).c).to(v)
         t = (torch.arange(steps, dtype=v.dtype, device=v.device)[:, None] + c) / steps
@@ -258,6 +265,7 @@ class Chart(Manifold):
     # -- geodesics between points ---------------------------------------------------------
 
     def _connect(self, x: Point, y: Point) -> Connection:
+        self._needs_positive("connect")
         with self._graph_if_wanted(x, y):
             y = self._nearest_image(x, y)
             solve = partial(boundary.connect, self._boundary_problem())
@@ -377,8 +385,16 @@ class Chart(Manifold):
         return z
 
     def _random_tangent(self, x: Point, z: Tensor) -> Tangent:
+        self._needs_positive("random_tangent")
         frame = torch.linalg.cholesky_ex(self.metric(x))[0]
         return _solve_triangular(frame.mT, z, upper=True)
+
+    def _needs_positive(self, method: str) -> None:
+        if not self.positive:
+            raise GeometryError(
+                f"{self.name}.{method}: the metric is not positive, expected a Riemannian one; "
+                "inner, exp, geodesic, curvature and the operators work in any signature"
+            )
 
     def _graph_if_wanted(self, *inputs: Tensor) -> contextlib.AbstractContextManager:
         # Recording a graph that nobody can use doubles the cost of every step.

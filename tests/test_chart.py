@@ -197,6 +197,39 @@ def test_gradients_reach_the_metric():
         assert float(second) == pytest.approx(float(ends[0][1] - ends[1][1]) / 2e-5, abs=1e-6)
 
 
+class Schwarzschild(Chart):
+    """The vacuum outside a star of mass 1.3: Lorentzian and Ricci-flat."""
+
+    positive = False
+    mass = 1.3
+
+    def metric(self, x: Tensor) -> Tensor:
+        _, r, theta, _ = x.unbind(-1)
+        f = 1 - 2 * self.mass / r
+        return torch.diag_embed(torch.stack([-f, 1 / f, r**2, (r * theta.sin()) ** 2], -1))
+
+
+def test_lorentzian_metrics():
+    space, m = Schwarzschild(4), Schwarzschild.mass
+    x = torch.tensor([0.0, 7.0, 1.1, 0.4], dtype=F64)
+    gamma = space.christoffel(x)
+    assert float(gamma[0, 0, 1]) == pytest.approx(m / (7 * (7 - 2 * m)), rel=1e-13)
+    assert float(gamma[1, 0, 0]) == pytest.approx(m * (7 - 2 * m) / 343, rel=1e-13)
+    assert float(space.ricci(x).abs().max()) < 1e-13
+    inverse = torch.linalg.inv(space.metric(x))
+    low = torch.einsum("lm,mkij->lkij", space.metric(x), space.riemann(x))
+    high = torch.einsum("lkij,la,kb,ic,jd->abcd", low, *[inverse] * 4)
+    assert float((low * high).sum()) == pytest.approx(48 * m**2 / 7**6, rel=1e-12)
+    # a circular orbit: Kepler's third law holds exactly in coordinate time
+    x = torch.tensor([0.0, 9.0, math.pi / 2, 0.0], dtype=F64)
+    v = torch.tensor([1.0, 0.0, 0.0, math.sqrt(m / 9**3)], dtype=F64)
+    end = space.exp(x, 20 * v)
+    torch.testing.assert_close(end, x + 20 * v, atol=1e-10, rtol=0)
+    for call in (space.norm, space.log, space.dist, lambda a, b: space.transport(a, a, b)):
+        with pytest.raises(GeometryError, match="not positive, expected a Riemannian"):
+            call(x, v)
+
+
 def test_third_derivatives_of_log():
     half_plane = HalfPlane(2)
     (x,), (y,) = pairs(1)
