@@ -45,6 +45,7 @@ class Curve(NamedTuple):
     residual: Tensor  # (...), defect of the geodesic equation relative to the speed squared
     converged: Tensor  # (...)
     index_free: Tensor  # (...), the second variation is positive: no conjugate point
+    unique: Tensor  # (...), index_free, and no other geodesic of the same length was met
 
 
 @lru_cache
@@ -96,11 +97,18 @@ def connect(problem: Problem, x: Tensor, y: Tensor, *, persistent: bool = True) 
     with torch.no_grad():
         x0, y0 = x.detach(), y.detach()
         second, converged, k = _solve(problem, x0, y0, persistent)
+        matrix, form = _linearise(problem, second, x0, y0, k)
+        index_free = _is_positive(form)
+        unique = index_free & converged
+        if persistent and not in_transform() and (converged & ~index_free).any():
+            second, tied = _descend(problem, second, form, converged & ~index_free, x0, y0, k)
+            second, converged, k = _resolve(problem, second, converged, x0, y0, k)
+            matrix, form = _linearise(problem, second, x0, y0, k)
+            index_free = _is_positive(form)
+            unique = index_free & converged & ~tied
         p, v, _ = _curve(second, x0, y0, k)
         defect = (acceleration(p, v) - second).abs().amax(-1).amax(0)
         residual = defect / _scale(x0, y0).square()
-        matrix = _newton_matrix(_jacobians(acceleration, p, v), k)
-        index_free = _second_variation_positive(problem.metric(p), matrix, k)
     point, tangent, velocity = _curve(second, x, y, k)
     step = acceleration(point, tangent) - second
     if in_transform() or step.requires_grad:  # somebody asks for derivatives
@@ -112,7 +120,7 @@ def connect(problem: Problem, x: Tensor, y: Tensor, *, persistent: bool = True) 
     return Curve(
         velocity.reshape(*batch, d),
         *(z.reshape(k, *batch, d) for z in (point, tangent, second)),
-        *(z.reshape(batch) for z in (residual, converged, index_free)),
+        *(z.reshape(batch) for z in (residual, converged, index_free, unique)),
     )
 
 
@@ -165,14 +173,13 @@ def _apply(inverse: Tensor, nodal: Tensor) -> Tensor:
 
 
 def _solve(problem: Problem, x: Tensor, y: Tensor, persistent: bool) -> tuple[Tensor, Tensor, int]:
-    tol = max(1e-11, 200 * torch.finfo(x.dtype).eps)
+    tol = _tolerance(x)
     newton = partial(_newton, problem.acceleration, problem.inside, tol=tol)
-    # A tail of the expansion this small leaves v_0 converged to round-off: it is second order.
-    smooth = 10 * tol**0.5
     k = NODES[0]
     second, converged = newton(torch.zeros(k, *x.shape, dtype=x.dtype, device=x.device), x, y, k)
     if problem.path is not None and persistent and not in_transform():
-        easy = converged & (_tail(second, x, y, k) <= smooth) & _minimises(problem, second, x, y, k)
+        easy = converged & (_tail(second, x, y, k) <= 10 * tol**0.5)
+        easy = easy & _is_positive(_linearise(problem, second, x, y, k)[1])
         if not easy.all():
             second, k = _refine(second, k, NODES[-1]), NODES[-1]
             start = partial(_from_path, problem.path, newton)
@@ -181,14 +188,28 @@ def _solve(problem: Problem, x: Tensor, y: Tensor, persistent: bool) -> tuple[Te
             converged = settled & (converged | easy)
     elif persistent and not values(converged).all():
         second, converged = _on_rest(partial(_continue, newton), second, converged, x, y, k)
+    return _resolve(problem, second, converged, x, y, k)
+
+
+def _resolve(
+    problem: Problem, second: Tensor, converged: Tensor, x: Tensor, y: Tensor, k: int
+) -> tuple[Tensor, Tensor, int]:
+    """Take more nodes until the expansion of the solution dies out."""
+    tol = _tolerance(x)
+    # A tail this small leaves v_0 converged to round-off: it is second order.
+    smooth = 10 * tol**0.5
     for finer in NODES[NODES.index(k) + 1 :]:
         if not values(converged & (_tail(second, x, y, k) > smooth)).any():
             break
         second, k = _refine(second, k, finer), finer
-        second, refined = newton(second, x, y, k)
+        second, refined = _newton(problem.acceleration, problem.inside, second, x, y, k, tol)
         converged = converged & refined
     # Solved at the nodes is not solved between them.
     return second, converged & (_tail(second, x, y, k) <= max(_RESOLVED, smooth)), k
+
+
+def _tolerance(x: Tensor) -> float:
+    return max(1e-11, 200 * torch.finfo(x.dtype).eps)
 
 
 def _tail(second: Tensor, x: Tensor, y: Tensor, k: int) -> Tensor:
@@ -197,10 +218,49 @@ def _tail(second: Tensor, x: Tensor, y: Tensor, k: int) -> Tensor:
     return tail / _scale(x, y).square()
 
 
-def _minimises(problem: Problem, second: Tensor, x: Tensor, y: Tensor, k: int) -> Tensor:
+def _linearise(
+    problem: Problem, second: Tensor, x: Tensor, y: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return the Newton matrix at a curve and the form of the second variation there."""
     point, tangent, _ = _curve(second, x, y, k)
     matrix = _newton_matrix(_jacobians(problem.acceleration, point, tangent), k)
-    return _second_variation_positive(problem.metric(point), matrix, k)
+    return matrix, _second_variation(problem.metric(point), matrix, k)
+
+
+def _descend(
+    problem: Problem, second: Tensor, form: Tensor, saddle: Tensor, x: Tensor, y: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Leave geodesics past a conjugate point, in the direction that shortens them most.
+
+    Returns the curves, and where another geodesic of the same length was met on the way.
+    """
+    rest = saddle.nonzero().squeeze(-1)
+    x, y, here = x[rest], y[rest], second[:, rest]
+    mode = torch.linalg.eigh(form[rest])[1][..., 0].unflatten(-1, (k, -1)).movedim(-2, 0)
+    reach = _mix(_constant(k, "point", x), mode).abs().amax((0, -1))
+    mode = mode * (_scale(x, y) / reach)[..., None]
+    g = problem.metric(x)
+
+    def square(s: Tensor) -> Tensor:
+        v = _curve(s, x, y, k)[2]
+        return torch.einsum("...i,...ij,...j->...", v, g, v)
+
+    best, shortest = here, torch.full_like(x[:, 0], torch.inf)
+    tied = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    tol = _tolerance(x)
+    for push in (0.3, -0.3, 0.8, -0.8):
+        trial, ok = _newton(problem.acceleration, problem.inside, here + push * mode, x, y, k, tol)
+        ok = ok & _is_positive(_linearise(problem, trial, x, y, k)[1])
+        ok = ok & (_tail(trial, x, y, k) <= _RESOLVED)
+        length = torch.where(ok, square(trial), torch.inf)
+        apart = (trial - best).abs().amax((0, -1)) > 1e-6 * _scale(x, y).square()
+        equal = ok & shortest.isfinite() & ((length - shortest).abs() <= 1e-8 * length)
+        shorter = length < shortest * (1 - 1e-8)
+        tied = (tied & ~shorter) | (equal & apart)
+        best = torch.where(shorter[:, None], trial, best)
+        shortest = torch.where(shorter, length, shortest)
+    every = torch.zeros_like(saddle).index_copy(0, rest, tied)
+    return second.index_copy(1, rest, best), every
 
 
 def _from_path(
@@ -331,7 +391,7 @@ def _continue(
     return s, converged
 
 
-def _second_variation_positive(g: Tensor, matrix: Tensor, k: int) -> Tensor:
+def _second_variation(g: Tensor, matrix: Tensor, k: int) -> Tensor:
     # The index form of the energy on fields V = P w that vanish at both ends, w the nodal second
     # derivatives: I(V, V) = -int <V, V'' - A V - B V'>. Positive definite iff no conjugate point.
     d = g.shape[-1]
@@ -340,8 +400,11 @@ def _second_variation_positive(g: Tensor, matrix: Tensor, k: int) -> Tensor:
     form = -torch.einsum("ip,i...km,...imjl->...pkjl", _constant(k, "point", g), weighted, operator)
     form = form.flatten(-4, -3).flatten(-2)
     form = form + form.mT
-    form = form / form.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
+    return form / form.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
+
+
+def _is_positive(form: Tensor) -> Tensor:
     # High modes are integrated twice: their eigenvalues decay, so allow for round-off.
-    eps = 100 * torch.finfo(g.dtype).eps
-    shift = eps * torch.eye(k * d, dtype=g.dtype, device=g.device)
-    return torch.linalg.cholesky_ex((form + shift).nan_to_num())[1] == 0
+    shift = 100 * torch.finfo(form.dtype).eps
+    eye = torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
+    return torch.linalg.cholesky_ex((form + shift * eye).nan_to_num())[1] == 0

@@ -275,7 +275,7 @@ class Chart(Manifold):
                 curve.residual,
                 curve.converged,
                 ~curve.index_free,
-                curve.converged & curve.index_free,
+                curve.unique,
             )
             for other, worthwhile in self._other_images(x, y):
                 if not values(worthwhile).any():

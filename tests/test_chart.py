@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, vmap
 
 from darboux import ConvergenceError, GeometryError
-from darboux.manifolds import Chart
+from darboux.manifolds import Chart, TorusOfRevolution
 
 F64 = torch.float64
 
@@ -112,6 +112,21 @@ def test_sphere_conjugate_point_is_reported():
         if angle > math.pi:
             with pytest.raises(GeometryError, match="RoundSphere.dist: .*conjugate point"):
                 sphere.dist(x, y)
+
+
+def test_log_leaves_a_geodesic_that_does_not_minimise():
+    """The outer equator of a torus stops minimising; the two shorter ways round mirror it."""
+    torus = TorusOfRevolution(R=2.0, r=1.0)
+    x, y = torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=F64)
+    report = torus.connect(x, y)
+    length = float(torus.norm(x, report.velocity))
+    assert bool(report.converged)
+    assert not bool(report.conjugate)
+    assert not bool(report.unique)
+    assert length < 2 * 3 - 0.05  # along the equator
+    torch.testing.assert_close(torus.exp(x, report.velocity), y, atol=1e-9, rtol=0)
+    mirrored = report.velocity * torch.tensor([-1.0, 1.0], dtype=F64)
+    torch.testing.assert_close(torus.exp(x, mirrored), y, atol=1e-9, rtol=0)
 
 
 def test_jacobi_fields_from_derivatives_of_exp():

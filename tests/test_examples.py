@@ -1,0 +1,98 @@
+"""Each example runs with small settings, and one number of each is what the literature says."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from darboux import _plot_scene
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def _can_draw() -> bool:
+    try:
+        _plot_scene.load_pyvista()
+        importlib.import_module("trame_vtk")
+    except (RuntimeError, ImportError):
+        return False
+    return True
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Import an example as its neighbours do; where nothing can be drawn, let it draw nothing."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    names = ("torus_geodesics", "digits_latent", "outer_solar_system", "main_job")
+
+    def load(name):
+        module = importlib.import_module(name)
+        if not _can_draw():
+            monkeypatch.setattr(module, "draw", lambda *args: [])
+        return module
+
+    yield load
+    for name in names:
+        monkeypatch.delitem(importlib.import_module("sys").modules, name, raising=False)
+
+
+def check_files(files: list[Path], names: set[str]) -> None:
+    """Fail unless ``files`` are whole pictures of the given names."""
+    if not _can_draw():
+        return
+    assert {file.name for file in files} == names
+    for file in files:
+        start = file.read_bytes()[:200]
+        assert file.stat().st_size > 20_000
+        assert start.startswith(b"\x89PNG") if file.suffix == ".png" else b"<html" in start.lower()
+
+
+def test_torus_geodesics(example, tmp_path, capsys):
+    result = example("torus_geodesics").main(tmp_path / "new", quick=True)
+    assert result.energy_error < 1e-8
+    assert abs(result.energy_slope) < 1e-10
+    assert result.clairaut_error < 1e-12
+    assert result.closing_error < 1e-10
+    symplectic, rk4 = result.report["gauss4"], result.report["rk4"]
+    assert abs(symplectic.sigma) < 6 < abs(rk4.sigma)
+    assert symplectic.symplecticity < 1e-13 < rk4.symplecticity
+    assert "implicit_midpoint" in capsys.readouterr().out
+    check_files(result.files, {"torus_geodesics.png", "torus_geodesics.html"})
+
+
+def test_outer_solar_system(example, tmp_path):
+    result = example("outer_solar_system").main(tmp_path, quick=True)
+    # Hairer, Lubich & Wanner (2006), I.2.4, over 200,000 days
+    assert result.errors["leapfrog", 200.0] == pytest.approx(1.958e-3, rel=1e-3)
+    assert result.errors["symplectic_euler", 100.0] == pytest.approx(2.527e-2, rel=1e-3)
+    assert result.errors["euler", 10.0] > 0.5
+    assert result.energy_error < 2e-6
+    assert result.angular_momentum_error < 1e-12
+    assert result.momentum_error < 1e-12
+    check_files(result.files, {"orbits.png", "orbits.html"})
+
+
+def test_digits_latent(example, tmp_path):
+    result = example("digits_latent").main(tmp_path, quick=True)
+    found = [pair for pair in result.pairs if pair.converged and not pair.conjugate]
+    assert len(found) >= 2
+    for pair in found:
+        assert pair.geodesic < pair.straight
+        assert pair.miss < 1e-4
+    assert result.misfit < 0.25
+    check_files(result.files, {"latent.png", "latent.html", "filmstrip.png"})
+
+
+def test_main_job_lists_what_it_wrote(example, tmp_path, capsys, monkeypatch):
+    job = example("main_job")
+    (tmp_path / "a.png").write_bytes(b"0" * 3000)
+
+    class Result:
+        files = (tmp_path / "a.png",)
+
+    monkeypatch.setattr(job, "PARTS", {"One": lambda output, quick: Result})
+    assert list(job.main(tmp_path, quick=True)) == ["One"]
+    printed = capsys.readouterr().out
+    assert "a.png" in printed
+    assert "3 kB" in printed
+    assert "together" in printed
