@@ -18,14 +18,13 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from darboux._autodiff import Field, jacobian
-from darboux._checks import ConvergenceError, in_transform, values
+from darboux._checks import ConvergenceError, corrections, in_transform, values
 from darboux.integrators.base import Integrator
 from darboux.integrators.systems import System, packed
 
 _MAX_SWEEPS = 100
 # Stage equations of at most this many unknowns a row are differentiated by a dense matrix.
 _DENSE_UP_TO = 128
-_CORRECTIONS = 3
 # An increment this many ulps of the state large is not yet round-off.
 _ROUND_OFF = 1e3
 # The starting guess extrapolates a polynomial of at most this degree: the full one of many
@@ -141,8 +140,9 @@ def solve_stages(
     ``m`` is measured so that this is round-off for the first few.
 
     ``rows_alone`` promises that leading dimensions do not act on each other. Small systems are
-    then differentiated by three chord steps with the exact matrix of the stage equations, at a
-    fraction of the cost of the series: exact for derivatives up to third order.
+    then differentiated by chord steps with the exact matrix of the stage equations, at a
+    fraction of the cost of the series: exact for derivatives up to third order, and for those of
+    any order that nested ``torch.func`` transforms take.
 
     Raises ``ConvergenceError`` when the sweeps do not settle: ``dt`` is too large for them.
     """
@@ -156,7 +156,7 @@ def solve_stages(
         terms = _neumann_terms(field, step, k) if differentiate and not dense else 0
     step = _Step(z, dt, tableau)
     if inverse is not None:
-        for _ in range(_CORRECTIONS):
+        for _ in range(corrections()):
             k = k + _apply(inverse, field(step.stages(k)) - k)
     for _ in range(terms):
         k = field(step.stages(k))

@@ -97,7 +97,12 @@ class Manifold(nn.Module, ABC):
             raise ValueError(
                 f"{self.name}.geodesic: ts has shape {tuple(ts.shape)}, expected (time,)"
             )
-        return self._geodesic(x, v, ts.to(x))
+        if ts.dtype != x.dtype:
+            raise TypeError(
+                f"{self.name}.geodesic: ts has dtype {ts.dtype}, expected {x.dtype} to match x"
+            )
+        _checks.check_finite(f"{self.name}.geodesic", ts=ts)
+        return self._geodesic(x, v, ts.to(x.device))
 
     def connect(self, x: Point, y: Point) -> Connection:
         """Find the geodesic from ``x`` to ``y`` and report on it; never raises for hard pairs."""

@@ -22,7 +22,7 @@ from numpy.polynomial import legendre
 from torch import Tensor
 
 from darboux._autodiff import jacobian
-from darboux._checks import in_transform, values
+from darboux._checks import corrections, in_transform, values
 
 Acceleration = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,7 +32,6 @@ _PATIENCE = 5  # iterations in which a pair must halve its defect to be worth go
 _DAMPINGS = 5
 # Expansions whose last coefficients are larger than this are not solutions.
 _RESOLVED = 1e-2
-_CORRECTIONS = 3
 
 
 class Curve(NamedTuple):
@@ -89,7 +88,8 @@ def connect(problem: Problem, x: Tensor, y: Tensor, *, persistent: bool = True) 
     Pairs that cannot be solved come back with ``converged`` false; ``persistent=False`` gives up
     on them sooner. Differentiable in ``x``, ``y`` and whatever the acceleration depends on, by
     the implicit function theorem: the solution is found on detached numbers and then corrected
-    by chord steps with the Newton matrix there, which is exact for derivatives up to third order.
+    by chord steps with the Newton matrix there, which is exact for derivatives up to third order,
+    and for those of any order that nested ``torch.func`` transforms take.
     """
     batch, d = x.shape[:-1], x.shape[-1]
     x, y = x.reshape(-1, d), y.reshape(-1, d)
@@ -113,7 +113,7 @@ def connect(problem: Problem, x: Tensor, y: Tensor, *, persistent: bool = True) 
     step = acceleration(point, tangent) - second
     if in_transform() or step.requires_grad:  # somebody asks for derivatives
         inverse = torch.linalg.inv_ex(matrix)[0]
-        for _ in range(_CORRECTIONS):
+        for _ in range(corrections()):
             second = second + _apply(inverse, step)
             point, tangent, velocity = _curve(second, x, y, k)
             step = acceleration(point, tangent) - second
@@ -199,13 +199,28 @@ def _resolve(
     # A tail this small leaves v_0 converged to round-off: it is second order.
     smooth = 10 * tol**0.5
     for finer in NODES[NODES.index(k) + 1 :]:
-        if not values(converged & (_tail(second, x, y, k) > smooth)).any():
-            break
+        rough = _roughness(problem, second, x, y, k)
+        if not values(converged & (rough > smooth)).any():
+            return second, converged, k
         second, k = _refine(second, k, finer), finer
         second, refined = _newton(problem.acceleration, problem.inside, second, x, y, k, tol)
         converged = converged & refined
     # Solved at the nodes is not solved between them.
-    return second, converged & (_tail(second, x, y, k) <= max(_RESOLVED, smooth)), k
+    rough = _roughness(problem, second, x, y, k)
+    return second, converged & (rough <= max(_RESOLVED, smooth)), k
+
+
+def _roughness(problem: Problem, second: Tensor, x: Tensor, y: Tensor, k: int) -> Tensor:
+    """Return what the solution leaves unresolved, relative to the speed squared.
+
+    The last coefficients of its expansion, and the defect at points between the nodes, where a
+    narrow feature of the metric may hide.
+    """
+    between = k + 5
+    s = _refine(second, k, between)
+    point, tangent, _ = _curve(s, x, y, between)
+    defect = (problem.acceleration(point, tangent) - s).abs().amax(-1).amax(0)
+    return torch.maximum(_tail(second, x, y, k), defect / _scale(x, y).square() / 10)
 
 
 def _tolerance(x: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from darboux import _autodiff, _checks
 from darboux._checks import GeometryError, in_transform, values
 from darboux._typing import Covector, Function, Point, Scalar, Tangent, VectorField
-from darboux.integrators import Gauss, Hamiltonian, find_method, gauss_legendre
+from darboux.integrators import Hamiltonian, find_method, gauss_legendre
 from darboux.manifolds import boundary, connection, curvature, operators, shooting
 from darboux.manifolds.base import Connection, Manifold
 from darboux.manifolds.linalg import dot, is_positive, matvec, solve, solve_vector
@@ -146,11 +146,16 @@ class Chart(Manifold):
     def _exp(self, x: Point, v: Tangent) -> Point:
         with self._graph_if_wanted(x, v):
             z = torch.cat([x, self._flat(x, v)], -1)
-            if self.steps is None or isinstance(self.method, Gauss):
+            if self._collocated:
                 return self._shoot("exp", self._packed_field, z).end[..., : self.dim]
             end = self._run(z)[..., : self.dim]
             self._check_inside("exp", end[None])
             return end
+
+    @property
+    def _collocated(self) -> bool:
+        # whether geodesics are solved by the Gauss collocation of :mod:`shooting`
+        return self.steps is None or self.method.name == f"gauss{2 * shooting.STAGES}"
 
     def _run(self, z: Tensor) -> Tensor:
         """Take ``steps`` equal steps of ``method`` from ``z = (x, p)``."""
@@ -171,16 +176,18 @@ class Chart(Manifold):
         return torch.cat([q, p], -1)
 
     def _geodesic(self, x: Point, v: Tangent, ts: Tensor) -> Point:
+        if not self._collocated:
+            return super()._geodesic(x, v, ts)
         plain = values(ts)
         if plain.numel() == 0:
             return x.expand(0, *x.shape)
-        with self._graph_if_wanted(x, v):
+        with self._graph_if_wanted(x, v, ts):
             p = self._flat(x, v)
             paths = []
             for sign in (1.0, -1.0):
                 span = max(float((sign * plain).max()), 0.0)
                 if span == 0.0:  # no time on this side, but perhaps t = 0
-                    paths.append(x.expand(len(ts), *x.shape))
+                    paths.append(x + ts.reshape(-1, *[1] * x.dim()) * v)
                     continue
                 z = torch.cat([x, sign * span * p], -1)
                 shot = self._shoot("geodesic", self._packed_field, z, dense=True)
@@ -188,8 +195,11 @@ class Chart(Manifold):
             forward = (ts >= 0).reshape(-1, *[1] * x.dim())
             return torch.where(forward, paths[0], paths[1])
 
-    def _shoot(self, method: str, field, z: Tensor, dense: bool = False) -> shooting.Shot:
-        shot = shooting.shoot(f"{self.name}.{method}", field, z, self.steps, dense)
+    def _shoot(
+        self, method: str, field, z: Tensor, dense: bool = False, steps: int | None = None
+    ) -> shooting.Shot:
+        where = f"{self.name}.{method}"
+        shot = shooting.shoot(where, field, z, steps or self.steps, dense, d=self.dim)
         self._check_inside(method, shot.states[..., : self.dim])
         return shot
 
@@ -199,51 +209,71 @@ class Chart(Manifold):
         with self._graph_if_wanted(x, u, v):
             z = torch.cat([x, self._flat(x, u)], -1)
             shot = self._shoot("transport", self._packed_field, z)
-            here, velocity = shooting.nodes(shot)[..., :d], shot.slopes[..., :d]
+            while True:
+                here, velocity = shooting.nodes(shot)[..., :d], shot.slopes[..., :d]
+                omega = self._frame_rotation(here, velocity)
+                n = 2 * len(omega)
+                if self.steps is not None or _turns_slowly(omega) or n > shooting.MAX_STEPS:
+                    break
+                # the frame turns faster than the geodesic bends
+                shot = self._shoot("transport", self._packed_field, z, steps=n)
             y = shot.end[..., :d]
-            return y, self._propagate(here, velocity, x, y, v)
+            return y, self._propagate(omega, x, y, v)
 
-    def transport_curve(self, curve, v: Tangent, steps: int = 16) -> Tangent:
+    def transport_curve(self, curve, v: Tangent, steps: int | None = None) -> Tangent:
         """Transport ``v (..., d)`` along ``curve: (time,) -> (time, ..., d)``, ``0 <= t <= 1``.
 
         The curve is differentiated by forward mode, and is one for the whole batch or one for
         each vector. Around a loop the result is the holonomy. Isometric to round-off at any
-        number of ``steps``; the error falls with the 16th power of their length.
+        number of ``steps``; the error falls with the 16th power of their length. With
+        ``steps=None`` they are halved until the frame turns slowly and smoothly in each.
         """
         where = f"{self.name}.transport_curve"
         self._needs_positive("transport_curve")
         _checks.check_last(where, "v", v, self.dim)
-        c = torch.as_tensor(gauss_legendre(shooting.STAGES).c).to(v)
-        t = (torch.arange(steps, dtype=v.dtype, device=v.device)[:, None] + c) / steps
-        times = t.flatten()
-        x, dx = torch.func.jvp(curve, (times,), (torch.ones_like(times),))
-        _checks.check_last(where, "curve(t)", x, self.dim)
-        ends = curve(torch.cat([torch.zeros_like(t[0, :1]), torch.ones_like(t[0, :1])]))
+        ends = curve(torch.tensor([0.0, 1.0], dtype=v.dtype, device=v.device))
+        _checks.check_last(where, "curve(t)", ends, self.dim)
 
         def spread(z: Tensor) -> Tensor:
             return z.reshape(len(z), *[1] * (v.dim() + 1 - z.dim()), *z.shape[1:])
 
-        x, dx = (spread(z).unflatten(0, t.shape).expand(*t.shape, *v.shape) for z in (x, dx))
+        c = torch.as_tensor(gauss_legendre(shooting.STAGES).c).to(v)
+        n = steps or 4
+        while True:
+            t = (torch.arange(n, dtype=v.dtype, device=v.device)[:, None] + c) / n
+            times = t.flatten()
+            x, dx, *_ = torch.func.jvp(curve, (times,), (torch.ones_like(times),))
+            x, dx = (spread(z).unflatten(0, t.shape).expand(*t.shape, *v.shape) for z in (x, dx))
+            omega = self._frame_rotation(x, dx)
+            if steps is not None or _turns_slowly(omega) or n >= shooting.MAX_STEPS:
+                break
+            n *= 2
         start, end = spread(ends).expand(2, *v.shape)
-        return self._propagate(x, dx, start, end, v)
+        return self._propagate(omega, start, end, v)
 
-    def _propagate(self, x: Tensor, dx: Tensor, start: Point, end: Point, v: Tangent) -> Tangent:
-        """Transport ``v`` along a curve known at the Gauss points of ``n`` steps.
+    def _frame_rotation(self, x: Tensor, dx: Tensor) -> Tensor:
+        """Return the connection in the orthonormal frame, times the step: ``(n, s, ..., d, d)``.
 
-        ``x, dx (n, s, ..., d)``. In the orthonormal frame of ``g = L L^T`` the components
-        ``w = L^T v`` obey a linear equation with a skew matrix, whose collocation solution is
-        an orthogonal matrix at any step.
+        ``x, dx (n, s, ..., d)`` are a curve and its derivative at the Gauss points of n steps.
         """
-        n, s, d = x.shape[0], x.shape[1], self.dim
+        d = self.dim
         basis = torch.eye(d, dtype=x.dtype, device=x.device)
         basis = basis.reshape(d, *[1] * (x.dim() - 1), d).expand(d, *x.shape)
         columns = self._frame_rate(x.expand_as(basis), dx.expand_as(basis), basis)
         omega = columns.movedim(0, -1)
-        omega = 0.5 * (omega - omega.mT) / n
+        return 0.5 * (omega - omega.mT) / x.shape[0]
+
+    def _propagate(self, omega: Tensor, start: Point, end: Point, v: Tangent) -> Tangent:
+        """Transport ``v`` along a curve whose frame rotation is known.
+
+        In the orthonormal frame of ``g = L L^T`` the components ``w = L^T v`` obey a linear
+        equation with a skew matrix, whose collocation solution is orthogonal at any step.
+        """
+        s, d = omega.shape[1], self.dim
         tableau = gauss_legendre(s)
-        a, b = (torch.as_tensor(z).to(x) for z in (tableau.A, tableau.b))
+        a, b = (torch.as_tensor(z).to(omega) for z in (tableau.A, tableau.b))
         coupling = torch.einsum("ij,ni...kl->n...ikjl", a, omega).flatten(-4, -3).flatten(-2)
-        system = torch.eye(s * d, dtype=x.dtype, device=x.device) - coupling
+        system = torch.eye(s * d, dtype=omega.dtype, device=omega.device) - coupling
         slopes = torch.linalg.inv(system) @ omega.movedim(1, -3).flatten(-3, -2)
         turn = torch.einsum("i,n...ikl->n...kl", b, slopes.unflatten(-2, (s, d)))
         w = matvec(torch.linalg.cholesky_ex(self.metric(start))[0].mT, v)
@@ -278,6 +308,7 @@ class Chart(Manifold):
                 curve.unique,
             )
             for other, worthwhile in self._other_images(x, y):
+                worthwhile = worthwhile | ~best.converged | best.conjugate
                 if not values(worthwhile).any():
                     continue
                 # pairs not worth it get a trivial problem
@@ -326,7 +357,8 @@ class Chart(Manifold):
                 turn = torch.zeros(self.dim, dtype=y.dtype, device=y.device)
                 turn[i] = period
                 shift = shift - torch.where(gap[..., i : i + 1] >= 0, 1.0, -1.0).to(y) * turn
-                worthwhile = worthwhile & (gap[..., i].abs() > period / 4)
+                if self.trusted:  # elsewhere the long way round may be the short one
+                    worthwhile = worthwhile & (gap[..., i].abs() > period / 4)
             yield y + shift, worthwhile
 
     def _converged(self, method: str, connection: Connection) -> Connection:
@@ -403,6 +435,15 @@ class Chart(Manifold):
         if any(t.requires_grad for t in inputs) or self.metric(inputs[0]).requires_grad:
             return contextlib.nullcontext()
         return torch.no_grad()
+
+
+def _turns_slowly(omega: Tensor) -> bool:
+    if omega.numel() == 0:
+        return True
+    tail = shooting.legendre_tail(omega.detach())
+    eps = torch.finfo(omega.dtype).eps
+    slow = (omega.detach().abs().amax() <= 2) & (tail.abs().amax() <= max(1e-6, 1e3 * eps))
+    return bool(values(slow).all())
 
 
 def _symmetric(g: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ class Embedded(Manifold):
         return torch.cat([carried[0], *(matvec(spin, w) for w in carried)], -1)
 
     def _shoot(self, method: str, z: Tensor, dense: bool = False) -> shooting.Shot:
-        return shooting.shoot(f"{self.name}.{method}", self._flow, z, self.steps, dense)
+        where = f"{self.name}.{method}"
+        return shooting.shoot(where, self._flow, z, self.steps, dense, d=self.point_dim)
 
     def _exp(self, x: Point, v: Tangent) -> Point:
         with self._graph_if_wanted(x, v):

@@ -284,7 +284,7 @@ class Geoopt(Manifold):
 
     def _shoot(self, method: str, z: Tensor) -> Tensor:
         where = f"{self.name}.{method}"
-        states = shooting.shoot(where, self._flow, z, None).states
+        states = shooting.shoot(where, self._flow, z, None, d=self.point_dim).states
         _checks.check_that(
             where,
             lambda: self._is_point(states[..., : self.point_dim], math.inf).all(0),

@@ -42,13 +42,14 @@ def _to_legendre() -> np.ndarray:
     return (2 * degree + 1)[:, None] / 2 * legendre.legvander(roots, STAGES - 1).T * weights
 
 
-def shoot(where: str, field: Field, z: Tensor, steps: int | None, dense: bool = False) -> Shot:
-    """Solve ``z' = field(z)`` from ``z (..., m)`` over unit time.
+def shoot(
+    where: str, field: Field, z: Tensor, steps: int | None, dense: bool = False, *, d: int
+) -> Shot:
+    """Solve ``z' = field(z)`` from ``z (..., m)``, of which ``d`` are positions, over unit time.
 
     With ``steps=None`` the number of steps follows from the smoothness of the solution: the
-    largest of the whole batch decides. ``dense`` asks for accuracy between the step ends as
-    well; at the ends the solution superconverges. Raises ``GeometryError`` when no solution is
-    found.
+    roughest of the batch decides. ``dense`` asks for accuracy between the step ends as well; at
+    the ends the solution superconverges. Raises ``GeometryError`` when no solution is found.
     """
     if steps is not None:
         return _shoot(field, z, steps)
@@ -61,7 +62,7 @@ def shoot(where: str, field: Field, z: Tensor, steps: int | None, dense: bool = 
         except ConvergenceError as error:
             residual = error.residual
         else:
-            residual = _tail(shot)
+            residual = _roughness(field, shot, d)
             if residual <= tol:
                 return shot
         n *= 2
@@ -82,15 +83,46 @@ def _shoot(field: Field, z: Tensor, n: int) -> Shot:
     return Shot(torch.stack(states), torch.stack(slopes))
 
 
-def _tail(shot: Shot) -> float:
-    # size of the last Legendre coefficients of the motion within a step, relative to the state
-    last = _to_legendre()[-2:]
-    last = torch.as_tensor(last, dtype=shot.slopes.dtype, device=shot.slopes.device)
-    coefficients = values(torch.einsum("as,ns...->na...", last, shot.slopes.detach())).abs()
-    if coefficients.numel() == 0:
-        return 0.0
-    size = max(1.0, float(values(shot.states).abs().max()))
-    return float(coefficients.max()) / (shot.slopes.shape[0] * size)
+def _roughness(field: Field, shot: Shot, d: int) -> float:
+    """Return what a step leaves unresolved of the motion, relative to it, row by row.
+
+    The last Legendre coefficients of the slopes, and their defect between the stages, where a
+    narrow feature of the metric may hide.
+    """
+    with torch.no_grad():
+        states, slopes = shot.states.detach(), shot.slopes.detach()
+        n = slopes.shape[0]
+        if slopes.numel() == 0:
+            return 0.0
+        at_test = torch.as_tensor(_test()).to(slopes)
+        tail = legendre_tail(slopes)
+        t = (torch.arange(n).to(slopes)[:, None] + torch.as_tensor(_test_times()).to(slopes)) / n
+        z = evaluate(Shot(states, slopes), t.flatten()).unflatten(0, t.shape)
+        defect = field(z) - torch.einsum("as,ns...->na...", at_test, slopes)
+        unresolved = torch.cat([tail, defect / 10], 1).abs().amax((0, 1)) / n
+        # positions are measured by how far they go, momenta and the like by their size
+        sizes = slopes.abs().amax((0, 1)), states.abs().amax(0)
+        parts = [u.amax(-1) for u in unresolved.split((d, unresolved.shape[-1] - d), -1)]
+        sizes = sizes[0][..., :d].amax(-1), sizes[1][..., d:].amax(-1)
+        ratios = [torch.where(u > 0, u / s, 0.0) for u, s in zip(parts, sizes, strict=True)]
+        return float(values(torch.maximum(*ratios)).max())
+
+
+def legendre_tail(nodal: Tensor) -> Tensor:
+    """Return the last two Legendre coefficients of values at the stages, ``(n, 2, ...)``."""
+    last = torch.as_tensor(_to_legendre()[-2:]).to(nodal)
+    return torch.einsum("as,ns...->na...", last, nodal)
+
+
+@lru_cache
+def _test_times() -> np.ndarray:
+    return (legendre.leggauss(STAGES + 3)[0] + 1) / 2
+
+
+@lru_cache
+def _test() -> np.ndarray:
+    # from slopes at the stages to slopes at the test times
+    return legendre.legvander(2 * _test_times() - 1, STAGES - 1) @ _to_legendre()
 
 
 def nodes(shot: Shot) -> Tensor:

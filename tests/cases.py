@@ -120,7 +120,7 @@ def points(
     case: Case, *shape: int, seed: int = 0, dtype=torch.float64
 ) -> tuple[m.Manifold, Tensor]:
     """Return the case's manifold and random points on it."""
-    manifold = case.make().to(dtype)
+    manifold = case.make().to(dtype).requires_grad_(False)
     g = torch.Generator().manual_seed(seed)
     return manifold, manifold.random_point(*shape, dtype=dtype, generator=g)
 

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from cases import Anisotropic, Bump
+from scipy.integrate import quad
 from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, vmap
 
@@ -243,6 +245,116 @@ def test_lorentzian_metrics():
     for call in (space.norm, space.log, space.dist, lambda a, b: space.transport(a, a, b)):
         with pytest.raises(GeometryError, match="not positive, expected a Riemannian"):
             call(x, v)
+
+
+class Stretched(Chart):
+    """A conformal chart of any dimension with the factor ``f``."""
+
+    def __init__(self, dim: int, f: Callable[[Tensor], Tensor], **options: Any):
+        super().__init__(dim, **options)
+        self.f = f
+
+    def metric(self, x: Tensor) -> Tensor:
+        return self.f(x)[..., None, None] * torch.eye(self.dim, dtype=x.dtype)
+
+
+def length_by_quadrature(f: Callable[[Tensor], Tensor], a: float, b: float) -> float:
+    return quad(lambda s: float(f(torch.tensor([s], dtype=F64)).sqrt()), a, b, limit=400)[0]
+
+
+def test_transport_in_a_frame_that_turns_fast():
+    """Flat space in twisted coordinates: the geodesic is straight, the frame spins."""
+    k = 40.0
+
+    class Twisted(Chart):
+        def metric(self, x: Tensor) -> Tensor:
+            a, b, one = -k * x[..., 2], k * x[..., 1], torch.ones_like(x[..., 0])
+            rows = [[one + a * a + b * b, a, b], [a, one, 0 * one], [b, 0 * one, one]]
+            return torch.stack([torch.stack(r, -1) for r in rows], -2)
+
+    x, y, w = torch.eye(3, dtype=F64)[[2, 0, 1]] * torch.tensor([[0.0], [1.0], [1.0]], dtype=F64)
+    moved = Twisted(3).transport(x, y, w)
+    expected = torch.tensor([0.0, math.cos(k), -math.sin(k)], dtype=F64)
+    torch.testing.assert_close(moved, expected, atol=1e-9, rtol=0)
+
+
+def test_the_long_way_round_may_be_the_short_one():
+    turn = 2 * math.pi
+
+    def hill(x: Tensor) -> Tensor:
+        away = 2 * torch.sin((x[..., 0] - 0.6) / 2)
+        return (1 + 9 * torch.exp(-((away / 0.3) ** 2))).square()
+
+    circle = Stretched(1, hill, periods=[turn])
+    x, y = torch.zeros(1, dtype=F64), torch.tensor([1.4], dtype=F64)
+    expected = length_by_quadrature(hill, 1.4 - turn, 0.0)
+    assert float(circle.dist(x, y)) == pytest.approx(expected, abs=1e-8)
+
+
+def test_narrow_features_are_not_stepped_over():
+    def spike(x: Tensor) -> Tensor:
+        return 1 + 25 * torch.exp(-(((x[..., 0] - 0.5) / 0.02) ** 2))
+
+    line = Stretched(1, spike)
+    x, y = torch.tensor([[0.0], [1.0]], dtype=F64)
+    length = length_by_quadrature(spike, 0.0, 1.0)
+    report = line.connect(x, y)
+    if bool(report.converged):
+        assert float(line.dist(x, y)) == pytest.approx(length, abs=1e-6)
+    end = line.exp(x, torch.tensor([length / float(spike(x).sqrt())], dtype=F64))
+    torch.testing.assert_close(end, y, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+def test_derivatives_of_exp_of_any_order(order):
+    half_plane = HalfPlane(2)
+    x, v = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=F64)
+
+    def ours(t: Tensor) -> Tensor:
+        return half_plane.exp(x, t * v)[1]
+
+    def closed(t: Tensor) -> Tensor:
+        return 1 / torch.cosh(t)
+
+    for _ in range(order):
+        ours, closed = jacfwd(ours), jacfwd(closed)
+    t = torch.tensor(0.5, dtype=F64)
+    torch.testing.assert_close(ours(t), closed(t), atol=1e-8, rtol=0)
+
+
+def test_geodesic_is_differentiable_in_time():
+    half_plane = HalfPlane(2)
+    x, v = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=F64)
+    for times in ([0.2, -0.5], [0.0]):
+        ts = torch.tensor(times, dtype=F64, requires_grad=True)
+        path = half_plane.geodesic(x, v, ts)
+        (slope,) = torch.autograd.grad(path[:, 0].sum(), ts)
+        torch.testing.assert_close(slope, 1 / ts.detach().cosh().square(), atol=1e-9, rtol=0)
+
+
+def test_a_method_with_steps_is_that_method():
+    x, v = torch.tensor([[0.0, 1.0], [1.0, 0.3]], dtype=F64)
+    exact = HalfPlane(2).exp(x, v)
+    for method, order in (("implicit_midpoint", 2), ("gauss4", 4), ("rk4", 4)):
+        errors = [
+            float((HalfPlane(2, method=method, steps=n).exp(x, v) - exact).norm()) for n in (10, 20)
+        ]
+        assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+    coarse = HalfPlane(2, method="rk4", steps=4)
+    one = torch.ones(1, dtype=F64)
+    assert torch.equal(coarse.geodesic(x, v, one)[0], coarse.exp(x, v))
+
+
+def test_accuracy_does_not_depend_on_units_or_on_the_rest_of_the_batch():
+    def waves(x: Tensor) -> Tensor:
+        return 1 + 0.9 * torch.sin(7 * x[..., 0]) * torch.sin(9 * x[..., 1])
+
+    x, v = torch.tensor([[0.1, 0.2], [3.0, 2.0]], dtype=F64)
+    expected = Stretched(2, waves, steps=256).exp(x, v)
+    small = Stretched(2, lambda z: waves(z / 1e-6)).exp(1e-6 * x, 1e-6 * v) / 1e-6
+    torch.testing.assert_close(small, expected, atol=1e-9, rtol=0)
+    mates = Stretched(2, waves).exp(torch.stack([x, x + 1e6]), torch.stack([v, 0 * v]))
+    torch.testing.assert_close(mates[0], expected, atol=1e-9, rtol=0)
 
 
 def test_third_derivatives_of_log():

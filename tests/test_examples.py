@@ -1,6 +1,7 @@
 """Each example runs with small settings, and one number of each is what the literature says."""
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def example(monkeypatch):
 
     yield load
     for name in names:
-        monkeypatch.delitem(importlib.import_module("sys").modules, name, raising=False)
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def check_files(files: list[Path], names: set[str]) -> None:

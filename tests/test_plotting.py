@@ -156,6 +156,24 @@ def test_normals_point_outward_with_unit_length():
 
 
 @needs_gl
+def test_a_surface_is_lit_alike_whichever_way_its_chart_turns(tmp_path):
+    class Swapped(Torus):
+        def embedding(self, x):
+            return super().embedding(x.flip(-1))
+
+        def scalar_curvature(self, x):
+            return super().scalar_curvature(x.flip(-1))
+
+    plotters = [plotting.surface(s, resolution=(61, 61)) for s in (Torus(), Swapped())]
+    one, two = (picture(p, tmp_path / "a.png").mean() for p in plotters)
+    assert one == pytest.approx(two, abs=1)
+    grid = mesh(plotters[1], "surface")
+    away = np.hypot(grid.points[:, 0], grid.points[:, 1])
+    expected = (away - Torus.R) / Torus.r / (Torus.r * away)
+    np.testing.assert_allclose(grid["values"], expected, atol=1e-6)
+
+
+@needs_gl
 def test_surface_reads_a_singular_chart_inside_and_keeps_a_constant_calm():
     plotter = plotting.surface(Sphere(), resolution=(21, 20))
     np.testing.assert_allclose(mesh(plotter, "surface")["values"], 0.25, rtol=1e-6)

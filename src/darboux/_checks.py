@@ -63,6 +63,17 @@ def in_transform() -> bool:
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def corrections() -> int:
+    """Return how many chord steps make all derivatives exact that are being taken.
+
+    One for each: three, or as many as the ``torch.func`` transforms here are nested, and one to
+    spare. How often a graph will be differentiated cannot be known.
+    """
+    levels = [] if torch.compiler.is_compiling() else _functorch.get_interpreter_stack() or []
+    depth = sum(level.key() != _functorch.TransformType.Vmap for level in levels)
+    return max(3, depth + 1)
+
+
 def checks_values() -> bool:
     """Say whether values are to be checked here."""
     return _value_checks.get() and not torch.compiler.is_compiling()
