@@ -12,6 +12,11 @@ Lengths in the plane are then lengths in pixels, and a geodesic turns one digit 
 the least change of image and of doubt: Arvanitidis, Hansen and Hauberg (2018), "Latent space
 oddity". A straight line in the plane is longer. Least change is not least doubt: the table shows
 the mean uncertainty along both, and it may be larger on the geodesic.
+
+What is shown is selected. The decoder is the smoothest of about 17 settings that were tried, kept
+because its geodesics can be found: sharper ones err less (0.163 against 0.205 a pixel) but connected
+3 of 19 pairs. The table, the plane and the film strip show the pairs whose geodesics save most; the
+mean over all that were found, and those that were not, stand below the table.
 """
 
 from __future__ import annotations
@@ -212,6 +217,7 @@ def main(output: str | Path = "output", quick: bool = False, seed: int = 0) -> R
     found = [pair for pair in pairs if pair.converged]
     lost = [f"{pair.digits[0]}-{pair.digits[1]}" for pair in pairs if not pair.converged]
     saved = 100 * (1 - sum(pair.ratio for pair in found) / max(1, len(found)))
+    print(f"The {min(10, len(found))} pairs that save most, of {len(found)} found\n")
     print(HEADER)
     for pair in found[:10]:
         print(pair)

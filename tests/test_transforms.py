@@ -119,11 +119,7 @@ def test_single_precision_in_every_batch_shape(case, shape):
         try:
             value = call(manifold, x, v, y)
             assert value.dtype == torch.float32
-            assert bool(value.isfinite().all())
-            if shape == (20,):  # the others differ in shape alone
-                close(value.double(), call(double, *wide), 2e-2 if name in loose else 2e-3)
-            else:
-                assert value.shape[: len(shape)] == shape
+            close(value.double(), call(double, *wide), 2e-2 if name in loose else 2e-3)
         except Exception as error:
             error.add_note(f"in {case.name}.{name}{shape}")
             raise
