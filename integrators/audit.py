@@ -19,7 +19,14 @@ from torch import Tensor
 from darboux._autodiff import jacobian
 from darboux._checks import ConvergenceError, GeometryError, check_tensor
 from darboux.integrators.base import Integrator, Trajectory
-from darboux.integrators.driver import METHODS, check_state, check_step, find_method, integrate
+from darboux.integrators.driver import (
+    METHODS,
+    applies,
+    check_state,
+    check_step,
+    find_method,
+    integrate,
+)
 from darboux.integrators.systems import Separable, System
 
 Map = Callable[[Tensor], Tensor]
@@ -295,7 +302,7 @@ def report(
     p = check_state("report", system, q, p)
     check_step("report", dt)
     if methods is None:
-        methods = [m for m in _USUAL if _applies(METHODS[m], system)]
+        methods = [m for m in _USUAL if applies(METHODS[m], system)]
     with torch.no_grad():
         return Report(tuple(_audit(system, find_method(m), q, p, dt, steps) for m in methods))
 
@@ -358,14 +365,6 @@ def _check_packed(where: str, z: Tensor) -> None:
     check_tensor(where, "z", z)
     if z.dim() == 0 or z.shape[-1] % 2:
         raise ValueError(f"{where}: z has shape {tuple(z.shape)}, expected (..., 2 d)")
-
-
-def _applies(method: Integrator, system: System) -> bool:
-    try:
-        method.check(system)
-    except ValueError:
-        return False
-    return True
 
 
 def _show(name: str, value: str | float) -> str:

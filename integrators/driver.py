@@ -1,5 +1,6 @@
 """The table of all methods, and the loop that runs one."""
 
+import dataclasses
 import math
 import sys
 import time
@@ -21,8 +22,9 @@ from darboux._checks import (
 from darboux.integrators.base import Integrator, Trajectory
 from darboux.integrators.implicit import GAUSSES
 from darboux.integrators.runge_kutta import RUNGE_KUTTAS
+from darboux.integrators.splitting import Splitting
 from darboux.integrators.splitting_table import SPLITTINGS
-from darboux.integrators.systems import System, VectorField
+from darboux.integrators.systems import System
 
 _ALL: tuple[Integrator, ...] = (*SPLITTINGS, *GAUSSES, *RUNGE_KUTTAS)
 METHODS: Mapping[str, Integrator] = MappingProxyType({m.name: m for m in _ALL})
@@ -40,6 +42,20 @@ def find_method(method: str | Integrator) -> Integrator:
     return METHODS[method]
 
 
+def methods_for(system: System) -> list[str]:
+    """Return the names of the methods that move ``system``; ``system.default`` is among them."""
+    return [name for name, method in METHODS.items() if applies(method, system)]
+
+
+def applies(method: Integrator, system: System) -> bool:
+    """Say whether ``method`` moves ``system``."""
+    try:
+        method.check(system)
+    except ValueError:
+        return False
+    return True
+
+
 def integrate(
     system: System,
     q: Tensor,
@@ -47,15 +63,20 @@ def integrate(
     *,
     dt: float | Tensor,
     steps: int,
-    method: str | Integrator = "leapfrog",
+    method: str | Integrator | None = None,
+    t0: float | Tensor = 0.0,
     save_every: int = 1,
+    compensated: bool = False,
     progress: bool = False,
 ) -> Trajectory:
-    """Move ``system`` from ``q, p (..., d)`` by ``steps`` steps of ``dt``.
+    """Move ``system`` from ``q, p (..., d)`` at ``t0`` by ``steps`` steps of ``dt``.
 
+    ``method`` is that of the kind of system unless given: ``leapfrog`` where it separates.
     States are saved at steps ``0, save_every, 2 save_every, ...`` and always at the last one,
-    with times ``n dt``. A negative ``dt`` runs backwards. ``dt`` may be a tensor that requires
-    grad. Only a :class:`VectorField` may leave ``p`` out. ``progress`` draws a bar on stderr.
+    with times ``t0 + n dt``. A negative ``dt`` runs backwards. ``dt`` and ``t0`` may be tensors
+    that require grad. A :class:`VectorField` or a :class:`Split` may leave ``p`` out.
+    ``compensated`` makes an explicit splitting carry what its sums round off, which an implicit
+    method always does: over a million steps two more digits. ``progress`` draws a bar on stderr.
 
     Differentiable in ``q, p, dt`` and the parameters of ``system``; without any of them to
     differentiate, no graph is kept.
@@ -69,18 +90,22 @@ def integrate(
     torch.Size([11, 1])
     """
     where = "integrate"
-    method = find_method(method)
+    method = find_method(system.default if method is None else method)
     p = check_state(where, system, q, p)
     check_step(where, dt)
+    check_step(where, t0, "t0")
     check_count(where, "steps", steps, 0)
     check_count(where, "save_every", save_every, 1)
+    if compensated and isinstance(method, Splitting):
+        method = dataclasses.replace(method, compensated=True)
     method.check(system)
 
     stops = [*range(0, steps, save_every), steps]
-    times = torch.tensor(stops, dtype=torch.float64, device=q.device) * dt
+    times = t0 + torch.tensor(stops, dtype=torch.float64, device=q.device) * dt
+    q, p = system.lift(q, p, t0)
     qs, ps, memory, checked = [q], [p], None, 0
     bar = _Bar(steps) if progress else None
-    with torch.set_grad_enabled(_graph_wanted(system, q, p, dt)):
+    with torch.set_grad_enabled(graph_wanted(system, q, p, dt)):
         for before, now in pairwise(stops):
             try:
                 q, p, memory = method.advance(system, q, p, dt, now - before, memory)
@@ -95,19 +120,22 @@ def integrate(
             if bar is not None:
                 bar.show(now)
         _check_alive(stops, qs, ps)
-        return Trajectory(times.to(qs[0].dtype), torch.stack(qs), torch.stack(ps))
+        q, p, own_times = system.lower(torch.stack(qs), torch.stack(ps))
+        return Trajectory(times.to(q.dtype) if own_times is None else own_times, q, p)
 
 
 def check_state(where: str, system: System, q: Tensor, p: Tensor | None) -> Tensor:
     """Raise unless ``q`` and ``p`` make a state of ``system``; return ``p``."""
     check_tensor(where, "q", q)
     if p is None:
-        if not isinstance(system, VectorField):
-            raise ValueError(f"{where}: p is missing; only a VectorField moves without it")
+        if system.paired:
+            raise ValueError(
+                f"{where}: p is missing; only a VectorField or a Split moves without it, not a "
+                f"{type(system).__name__}"
+            )
         p = q[..., :0]
     check_tensor(where, "p", p)
-    # A VectorField packs whatever it is given; all others pair q with p.
-    skip = 1 if isinstance(system, VectorField) else 0
+    skip = 0 if system.paired else 1
     if q.dim() == 0 or q.dim() != p.dim() or q.shape[: q.dim() - skip] != p.shape[: q.dim() - skip]:
         raise ValueError(
             f"{where}: p has shape {tuple(p.shape)}, expected (..., d) like q of shape "
@@ -121,17 +149,17 @@ def check_state(where: str, system: System, q: Tensor, p: Tensor | None) -> Tens
     return p
 
 
-def check_step(where: str, dt: object) -> None:
+def check_step(where: str, dt: object, name: str = "dt") -> None:
     """Raise unless ``dt`` is a number or a floating tensor without dimensions."""
     if isinstance(dt, Tensor):
-        check_tensor(where, "dt", dt)
+        check_tensor(where, name, dt)
         if dt.dim() > 0:
-            raise ValueError(f"{where}: dt has shape {tuple(dt.shape)}, expected ()")
-        check_finite(where, dt=dt)
+            raise ValueError(f"{where}: {name} has shape {tuple(dt.shape)}, expected ()")
+        check_finite(where, **{name: dt})
     elif isinstance(dt, bool) or not isinstance(dt, int | float):
-        raise TypeError(f"{where}: dt is a {type(dt).__name__}, expected a number")
+        raise TypeError(f"{where}: {name} is a {type(dt).__name__}, expected a number")
     elif not math.isfinite(dt):
-        raise ValueError(f"{where}: dt is {dt}, expected a finite number")
+        raise ValueError(f"{where}: {name} is {dt}, expected a finite number")
 
 
 def check_count(where: str, name: str, count: object, least: int) -> None:
@@ -142,8 +170,11 @@ def check_count(where: str, name: str, count: object, least: int) -> None:
         raise ValueError(f"{where}: {name} is {count}, expected at least {least}")
 
 
-def _graph_wanted(system: System, q: Tensor, p: Tensor, dt: float | Tensor) -> bool:
-    # Asked once, so that a closed-form step pays nothing for grad mode.
+def graph_wanted(system: System, q: Tensor, p: Tensor, dt: float | Tensor) -> bool:
+    """Say whether somebody will differentiate the run.
+
+    Asked once, so that a closed-form step pays nothing for grad mode.
+    """
     if in_transform() or not torch.is_grad_enabled():
         return torch.is_grad_enabled()
     if q.requires_grad or p.requires_grad or (isinstance(dt, Tensor) and dt.requires_grad):

@@ -4,16 +4,39 @@ Digits are the published ones, polished to 36 places on the exact order-conditio
 tables in circulation fail theirs more often than one thinks.
 """
 
-from darboux.integrators.splitting import Flow, Splitting, composition, palindrome, sequence
+from darboux.integrators.splitting import (
+    Flow,
+    Splitting,
+    composition,
+    palindrome,
+    sequence,
+    weights,
+)
 
 
 def _row(
-    name: str, order: int, flows: tuple[Flow, ...], source: str, *, rkn: bool = False
+    name: str,
+    order: int,
+    flows: tuple[Flow, ...],
+    source: str,
+    *,
+    rkn: bool = False,
+    weights: tuple[float, ...] = (),
 ) -> Splitting:
-    symmetric = flows == flows[::-1]
     return Splitting(
-        name=name, order=order, symmetric=symmetric, source=source, flows=flows, rkn=rkn
+        name=name,
+        order=order,
+        symmetric=flows == flows[::-1],
+        source=source,
+        flows=flows,
+        rkn=rkn,
+        weights=weights,
     )
+
+
+def _composition(name: str, order: int, digits: str, source: str) -> Splitting:
+    w = weights(digits)
+    return _row(name, order, composition(w), source, weights=tuple(map(float, w)))
 
 
 SPLITTINGS = (
@@ -34,12 +57,14 @@ SPLITTINGS = (
         2,
         palindrome("kick"),
         "velocity Verlet; Verlet, Phys. Rev. 159 (1967) 98",
+        weights=(1.0,),
     ),
     _row(
         "position_leapfrog",
         2,
         palindrome("drift"),
         "position Verlet; Tuckerman, Berne & Martyna, J. Chem. Phys. 97 (1992) 1990",
+        weights=(1.0,),
     ),
     _row(
         "minimum_norm2",
@@ -78,18 +103,16 @@ SPLITTINGS = (
         ),
         "Forest & Ruth, Physica D 43 (1990) 105; drift first",
     ),
-    _row(
+    _composition(
         "yoshida4",
         4,
-        composition("1.35120719195965763404768780897146083"),
+        "1.35120719195965763404768780897146083",
         "Yoshida, Phys. Lett. A 150 (1990) 262; kick first",
     ),
-    _row(
+    _composition(
         "suzuki4",
         4,
-        composition(
-            "0.414490771794375737142354062860761496 0.414490771794375737142354062860761496"
-        ),
+        "0.414490771794375737142354062860761496 0.414490771794375737142354062860761496",
         "Suzuki, Phys. Lett. A 146 (1990) 319",
     ),
     _row(
@@ -163,22 +186,22 @@ SPLITTINGS = (
         "McLachlan & Atela, Nonlinearity 5 (1992) 541",
         rkn=True,
     ),
-    _row(
+    _composition(
         "yoshida6",
         6,
-        composition("""
+        """
         0.784513610477557263819497633866349876 0.235573213359358133684793182978534602
         -1.17767998417887100694641568096431573
-        """),
+        """,
         "Yoshida, Phys. Lett. A 150 (1990) 262, solution A",
     ),
-    _row(
+    _composition(
         "kahan_li6",
         6,
-        composition("""
+        """
         0.392161444007314139279250557422671404 0.332599136789359438599748637500049647
         -0.706246172557639359809964819549256459 0.0822135962935508002314904481020563311
-        """),
+        """,
         "Kahan & Li, Math. Comp. 66 (1997) 1089, s = 9",
     ),
     _row(
@@ -230,43 +253,43 @@ SPLITTINGS = (
         "Blanes & Moan, J. Comput. Appl. Math. 142 (2002) 313, SRKN 14a",
         rkn=True,
     ),
-    _row(
+    _composition(
         "yoshida8",
         8,
-        composition("""
+        """
         0.914844246229791566748793489847509605 0.253693336566211354146146020689942076
         -1.44485223686060515769473065753739035 -0.158240635368050175204066776759754248
         1.93813913762252598657918648744364176 -1.96061023297531080760763337639966364
         0.102799849391796440698115131601225863
-        """),
+        """,
         "Yoshida, Phys. Lett. A 150 (1990) 262, solution D",
     ),
-    _row(
+    _composition(
         "suzuki_umeno8",
         8,
-        composition("""
+        """
         0.741670364350612953448227801783806316 -0.409100825800031593997300095893563417
         0.190754710296238379953876256450371663 -0.573862471116082266656387726635535742
         0.299064181303655923844463540688602988 0.334624918245298183784957979882182289
         0.315293092396766596632056663811002431
-        """),
+        """,
         "Suzuki & Umeno 1993; McLachlan, SIAM J. Sci. Comput. 16 (1995) 151, s = 15",
     ),
-    _row(
+    _composition(
         "kahan_li8",
         8,
-        composition("""
+        """
         0.130202483088890080878817632096700522 0.561162981775108384561964407700150567
         -0.389474962644847286408078598235248389 0.158841906555155600896210745707152481
         -0.395903894133237577336231539347938936 0.184539640978315707091832541533375463
         0.258374387686322047293979109994939472 0.295011723609310298870966240218228113
-        """),
+        """,
         "Kahan & Li, Math. Comp. 66 (1997) 1089, s = 17",
     ),
-    _row(
+    _composition(
         "sofroniou_spaletta10",
         10,
-        composition("""
+        """
         0.0787957225216864192639076793382896067 0.313096103415108527764812471920256821
         0.0279183832350780661095202732659494475 -0.229592841593907094151213396801122705
         0.130962061077164863174656859292158364 -0.269733405654510714344609732217286624
@@ -276,7 +299,7 @@ SPLITTINGS = (
         -0.00486636058313526176219565930774240912 -0.392033353708639906448081936429980142
         0.0519425029624496470371829048314042431 0.0506650907599244963358743425096948739
         0.0496743706397298790545688006666647946
-        """),
+        """,
         "Sofroniou & Spaletta, Optim. Methods Softw. 20 (2005) 597, s = 35",
     ),
 )
