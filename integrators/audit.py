@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -110,9 +110,7 @@ def energy_drift(system: System, trajectory: Trajectory) -> EnergyDrift:
     symplectic method away. Errors are absolute where the initial energy is zero. A drift is
     there when its significance is well above 3, say 6, and stays so for longer runs.
     """
-    energy = system.energy(trajectory.q, trajectory.p)
-    first = energy[0]
-    relative = (energy - first) / torch.where(first == 0, 1.0, first.abs())
+    relative = _relative_energy(system, trajectory)
     error = relative.abs().amax(0)
     blocks = min(16, len(relative) // 2)
     if blocks < 3:
@@ -122,13 +120,18 @@ def energy_drift(system: System, trajectory: Trajectory) -> EnergyDrift:
     skip = len(relative) - blocks * size
     means = relative[skip:].unflatten(0, (blocks, size)).mean(1)
     t = trajectory.t[skip:].unflatten(0, (blocks, size)).mean(1)
-    t = (t - t.mean()).reshape(-1, *[1] * first.dim())
+    t = (t - t.mean()).reshape(-1, *[1] * error.dim())
     spread = (t * t).sum()
     slope = (t * means).sum(0) / spread
     rest = means - means.mean(0) - slope * t
     deviation = (rest.square().sum(0) / (blocks - 2) / spread).sqrt()
-    tiny = torch.finfo(energy.dtype).tiny
+    tiny = torch.finfo(relative.dtype).tiny
     return EnergyDrift(error, slope, slope / deviation.clamp_min(tiny))
+
+
+def _relative_energy(system: System, trajectory: Trajectory) -> Tensor:
+    energy = system.energy(trajectory.q, trajectory.p)
+    return (energy - energy[0]) / torch.where(energy[0] == 0, 1.0, energy[0].abs())
 
 
 def reversibility_defect(
@@ -258,11 +261,18 @@ class Audit:
     reversal: float
     evals: float
     ms: float
+    times: tuple[float, ...]  # of the run
+    energy_errors: tuple[float, ...]  # the largest relative one of all copies, at those times
+    dts: tuple[float, ...]  # of the order
+    errors: tuple[float, ...]  # after equal times, with those steps
+
+
+_COLUMNS = "method order observed symplecticity volume energy drift sigma reversal evals ms".split()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`report` measured; ``str`` prints a table."""
+    """What :func:`report` measured: ``str`` prints a table, ``darboux.plotting.audit`` draws it."""
 
     rows: tuple[Audit, ...]
 
@@ -270,9 +280,9 @@ class Report:
         return next(row for row in self.rows if row.method == method)
 
     def __str__(self) -> str:
-        table = [[f.name for f in fields(Audit)]]
+        table = [_COLUMNS]
         for row in self.rows:
-            table.append([_show(f.name, getattr(row, f.name)) for f in fields(Audit)])
+            table.append([_show(name, getattr(row, name)) for name in _COLUMNS])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
@@ -316,11 +326,12 @@ def _audit(
     except ValueError:  # no energy to watch
         dims = 1
         energy = drift = sigma = math.nan
-    start = time.perf_counter()
+    start, times, series = time.perf_counter(), (), ()
     with contextlib.suppress(ConvergenceError):
         run = integrate(system, q, p, dt=dt, steps=steps, method=method)
         if not math.isnan(energy):
             energy, drift, sigma = _worst(energy_drift(system, run), float(run.t[-1] - run.t[0]))
+            times, series = tuple(run.t.tolist()), tuple(_energy_errors(system, run))
     ms = (time.perf_counter() - start) / max(steps, 1) * 1e3
     symplecticity = volume = math.nan
     if q.shape == p.shape:
@@ -328,10 +339,11 @@ def _audit(
         z = _pack(q, p, dims)
         symplecticity = _or_inf(lambda: symplecticity_defect(one_step, z))
         volume = _or_inf(lambda: volume_defect(one_step, z))
+    estimate = observed_order(system, method, q, p, t=8 * dt, steps=2)
     return Audit(
         method=method.name,
         order=method.order,
-        observed=observed_order(system, method, q, p, t=8 * dt, steps=2).order,
+        observed=estimate.order,
         symplecticity=symplecticity,
         volume=volume,
         energy=energy,
@@ -340,7 +352,16 @@ def _audit(
         reversal=_or_inf(lambda: reversibility_defect(system, method, q, p, dt=dt)),
         evals=_or_inf(lambda: evaluations(system, method, q, p, dt=dt)),
         ms=ms,
+        times=times,
+        energy_errors=series,
+        dts=tuple(estimate.dts),
+        errors=tuple(estimate.errors),
     )
+
+
+def _energy_errors(system: System, trajectory: Trajectory) -> list[float]:
+    error = _relative_energy(system, trajectory).abs()
+    return error.reshape(len(error), -1).amax(1).tolist()
 
 
 def _worst(drift: EnergyDrift, duration: float) -> tuple[float, float, float]:

@@ -32,6 +32,11 @@ class Integrator(ABC):
     explicit: bool
     source: str
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a method that wraps this one keeps of it."""
+        names = ("name", "order", "symplectic", "symmetric", "explicit", "source")
+        return {name: getattr(self, name) for name in names}
+
     @abstractmethod
     def check(self, system: System) -> None:
         """Raise ``ValueError`` unless the method applies to ``system``."""

@@ -1,12 +1,12 @@
-"""The table of all methods, and the loop that runs one."""
+"""The table of all methods, and the run of one: what is asked of it, checked and sent on."""
 
 import dataclasses
 import math
-import sys
-import time
-from collections.abc import Mapping
-from itertools import pairwise
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,21 +16,37 @@ from darboux._checks import (
     check_finite,
     check_tensor,
     checks_values,
+    in_reverse_transform,
     in_transform,
     values,
 )
 from darboux.integrators.base import Integrator, Trajectory
-from darboux.integrators.implicit import GAUSSES
+from darboux.integrators.checkpoint import march_by_pieces
+from darboux.integrators.composed import COMPOSITIONS
+from darboux.integrators.constrained import RATTLES
+from darboux.integrators.energy_preserving import ENERGY_PRESERVING
+from darboux.integrators.extended import EXTENDED
+from darboux.integrators.implicit import GAUSSES, LOBATTOS
+from darboux.integrators.lattice import on_lattice
+from darboux.integrators.march import Bar, Run
+from darboux.integrators.recording import record
+from darboux.integrators.reversible import check_reversible, march_reversibly
 from darboux.integrators.runge_kutta import RUNGE_KUTTAS
 from darboux.integrators.splitting import Splitting
 from darboux.integrators.splitting_table import SPLITTINGS
 from darboux.integrators.systems import System
 
-_ALL: tuple[Integrator, ...] = (*SPLITTINGS, *GAUSSES, *RUNGE_KUTTAS)
+_ALL: tuple[Integrator, ...] = (
+    *SPLITTINGS,
+    *GAUSSES,
+    *LOBATTOS,
+    *COMPOSITIONS,
+    *EXTENDED,
+    *ENERGY_PRESERVING,
+    *RATTLES,
+    *RUNGE_KUTTAS,
+)
 METHODS: Mapping[str, Integrator] = MappingProxyType({m.name: m for m in _ALL})
-
-# A run that has blown up is noticed within about this many steps.
-_CHECK_EVERY = 256
 
 
 def find_method(method: str | Integrator) -> Integrator:
@@ -66,7 +82,11 @@ def integrate(
     method: str | Integrator | None = None,
     t0: float | Tensor = 0.0,
     save_every: int = 1,
+    save_to: str | os.PathLike[str] | None = None,
+    adjoint: Literal["autograd", "reversible", "checkpoint"] = "autograd",
+    lattice: bool | float | tuple[float, float] = False,
     compensated: bool = False,
+    compile: bool = False,
     progress: bool = False,
 ) -> Trajectory:
     """Move ``system`` from ``q, p (..., d)`` at ``t0`` by ``steps`` steps of ``dt``.
@@ -76,13 +96,25 @@ def integrate(
     with times ``t0 + n dt``. A negative ``dt`` runs backwards. ``dt`` and ``t0`` may be tensors
     that require grad. A :class:`VectorField` or a :class:`Split` may leave ``p`` out.
     ``compensated`` makes an explicit splitting carry what its sums round off, which an implicit
-    method always does: over a million steps two more digits. ``progress`` draws a bar on stderr.
+    method always does: over a million steps two more digits. ``compile`` runs the steps in a
+    kernel made for the system. ``progress`` draws a bar on stderr.
 
     Differentiable in ``q, p, dt`` and the parameters of ``system``; without any of them to
-    differentiate, no graph is kept.
+    differentiate, no graph is kept. The memory of a gradient is that of all steps with
+    ``adjoint="autograd"``, of the square root of their number with ``"checkpoint"``, which
+    computes every step twice, and of the saved states with ``"reversible"``, which retraces the
+    steps of a splitting or a symmetric method backward. Retracing a chaotic orbit fails, with a
+    warning or an error, unless ``lattice=True`` puts the states on an integer lattice, on which a
+    splitting is undone to the last bit; a number or a pair gives the spacing of ``q`` and ``p``,
+    a power of two.
+
+    ``save_to`` is a folder to write the states to, as :func:`load_trajectory` reads them; the
+    result is a view of its files. A run that was interrupted goes on when called again alike. It
+    keeps no graph.
 
     Raises ``ValueError`` or ``TypeError`` for wrong shapes, dtypes or an unknown or unfit
-    method, ``ConvergenceError`` when the state stops being finite.
+    method, ``ConvergenceError`` when the state stops being finite or a step cannot be solved; its
+    ``trajectory`` holds the states that are good.
 
     >>> from darboux.integrators import Separable
     >>> oscillator = Separable(lambda q: q.square().sum(-1) / 2)
@@ -93,35 +125,103 @@ def integrate(
     method = find_method(system.default if method is None else method)
     p = check_state(where, system, q, p)
     check_step(where, dt)
+    if checks_values() and bool((values(torch.as_tensor(dt)) == 0).any()):
+        raise ValueError(f"{where}: dt is 0, expected a step forward or backward in time")
     check_step(where, t0, "t0")
     check_count(where, "steps", steps, 0)
     check_count(where, "save_every", save_every, 1)
+    if adjoint not in ("autograd", "reversible", "checkpoint"):
+        raise ValueError(
+            f"{where}: adjoint is {adjoint!r}, expected 'autograd', 'reversible' or 'checkpoint'"
+        )
     if compensated and isinstance(method, Splitting):
         method = dataclasses.replace(method, compensated=True)
     method.check(system)
+    q, p = system.lift(q, p, t0)
+    if lattice is not False:
+        method = on_lattice(method, lattice, system, q, p, dt)
+        q, p = method.settle(q, p)
+    if compile:
+        if lattice is not False:
+            raise ValueError(f"{where}: the kernels of compile=True know no lattice: leave one out")
+        if in_transform():
+            raise ValueError(
+                f"{where}: torch.func and forward mode cannot enter the kernels of compile=True: "
+                "leave compile out here, or differentiate with torch.autograd"
+            )
+        method = Compiled(**method.facts(), base=method, compensated=compensated)
+        method.check(system)
+    run = Run(system, method, dt)
+    bar = Bar(steps) if progress else None
+    if save_to is not None:
+        return record(run, q, p, t0=t0, steps=steps, save_every=save_every, path=save_to, bar=bar)
 
     stops = [*range(0, steps, save_every), steps]
     times = t0 + torch.tensor(stops, dtype=torch.float64, device=q.device) * dt
-    q, p = system.lift(q, p, t0)
-    qs, ps, memory, checked = [q], [p], None, 0
-    bar = _Bar(steps) if progress else None
-    with torch.set_grad_enabled(graph_wanted(system, q, p, dt)):
-        for before, now in pairwise(stops):
-            try:
-                q, p, memory = method.advance(system, q, p, dt, now - before, memory)
-            except ConvergenceError as error:
-                message = f"integrate: {method.name}, between steps {before} and {now}: {error}"
-                raise ConvergenceError(message, error.residual, error.iterations) from error
-            qs.append(q)
-            ps.append(p)
-            if now - checked >= _CHECK_EVERY:
-                _check_alive(stops, qs, ps)
-                checked = now
-            if bar is not None:
-                bar.show(now)
-        _check_alive(stops, qs, ps)
-        q, p, own_times = system.lower(torch.stack(qs), torch.stack(ps))
-        return Trajectory(times.to(q.dtype) if own_times is None else own_times, q, p)
+    qs, ps = [q], [p]
+    wanted = graph_wanted(system, q, p, dt)
+    march = _march_by(adjoint, run) if wanted and steps and q.numel() else _march_plainly
+
+    def saved() -> Trajectory:
+        q, p, own = system.lower(torch.stack(qs), torch.stack(ps))
+        return Trajectory(times[: len(qs)].to(q.dtype) if own is None else own, q, p)
+
+    with torch.set_grad_enabled(wanted):
+        try:
+            march(run, stops, qs, ps, bar)
+        except ConvergenceError as error:
+            error.trajectory = Trajectory(*(x.detach() for x in saved()))
+            raise
+        return saved()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Compiled(Integrator):
+    """A method that takes its steps in a native kernel."""
+
+    base: Integrator
+    compensated: bool
+
+    def check(self, system: System) -> None:
+        from darboux.integrators import engine
+
+        reason = engine.supports(self.base, system)
+        if reason is not None:
+            raise ValueError(f"compile=True: {reason}: leave compile out")
+
+    def advance(
+        self, system: System, q: Tensor, p: Tensor, dt: float | Tensor, steps: int, memory: Any
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Take ``steps`` steps, as the method itself would."""
+        from darboux.integrators import engine  # an engine is built only where one is asked for
+
+        return engine.advance(
+            self.base, system, q, p, dt, steps, memory, compensated=self.compensated
+        )
+
+
+def _march_plainly(
+    run: Run, stops: Sequence[int], qs: list[Tensor], ps: list[Tensor], bar: Bar | None
+) -> None:
+    run.march(stops, qs, ps, None, bar)
+
+
+def _march_by(adjoint: str, run: Run) -> Callable[..., None]:
+    if adjoint == "autograd":
+        return _march_plainly
+    if adjoint == "reversible":
+        if isinstance(run.method, Compiled):  # its kernels retrace by themselves
+            return _march_plainly
+        check_reversible(run)
+    if in_reverse_transform():
+        raise ValueError(
+            f"integrate: adjoint={adjoint!r} saves the memory of plain autograd, and this runs "
+            "inside torch.func.grad, vjp or jacrev: leave it out there, differentiate forward "
+            "(jvp, jacfwd), which keeps no steps, or call torch.autograd.grad"
+        )
+    if in_transform():
+        return _march_plainly  # forward mode and vmap keep no steps
+    return march_reversibly if adjoint == "reversible" else march_by_pieces
 
 
 def check_state(where: str, system: System, q: Tensor, p: Tensor | None) -> Tensor:
@@ -180,36 +280,3 @@ def graph_wanted(system: System, q: Tensor, p: Tensor, dt: float | Tensor) -> bo
     if q.requires_grad or p.requires_grad or (isinstance(dt, Tensor) and dt.requires_grad):
         return True
     return any(x.requires_grad for x in system.field(q, p))
-
-
-def _check_alive(stops: list[int], qs: list[Tensor], ps: list[Tensor]) -> None:
-    # NaN and infinity stay once they come, so the last state tells of all.
-    if not checks_values() or (_finite(qs[-1]) and _finite(ps[-1])):
-        return
-    last = max(i for i in range(len(qs)) if _finite(qs[i]) and _finite(ps[i]))
-    raise ConvergenceError(
-        f"integrate: the state is NaN or infinite at step {stops[last + 1]}; it was finite at "
-        f"step {stops[last]}: take a smaller dt",
-        iterations=stops[last],
-    )
-
-
-def _finite(x: Tensor) -> bool:
-    return bool(values(x).isfinite().all())
-
-
-class _Bar:
-    # A progress bar on stderr, redrawn at most five times a second.
-    def __init__(self, steps: int):
-        self.steps, self.start, self.next = steps, time.monotonic(), 0.0
-
-    def show(self, done: int) -> None:
-        now = time.monotonic()
-        if now < self.next and done < self.steps:
-            return
-        self.next = now + 0.2
-        left = (now - self.start) * (self.steps - done) / done
-        bar = "#" * (30 * done // self.steps)
-        end = "\n" if done == self.steps else ""
-        print(f"\r[{bar:<30}] {done}/{self.steps}, {left:.0f} s left ", end=end, file=sys.stderr)
-        sys.stderr.flush()

@@ -1,32 +1,29 @@
-"""Gauss collocation: symplectic, symmetric, any order, any Hamiltonian.
+"""Implicit Runge-Kutta methods: symplectic, symmetric, any order, any Hamiltonian.
 
 :func:`solve_stages` solves the stage equations to round-off and differentiates through the
-solution; :class:`Gauss` steps with it. Both treat leading dimensions as independent copies.
+solution; :class:`ImplicitRungeKutta` steps with it. Both treat leading dimensions as independent
+copies. A method is a :class:`Tableau`: Gauss collocation, or one of Lobatto's pairs, which treat
+``q`` and ``p`` differently. To add one, add its tableau and a row.
 """
 
 import math
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.polynomial.legendre import legvander
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
-from torch.autograd import forward_ad
 
-from darboux._autodiff import Field, jacobian
-from darboux._checks import ConvergenceError, corrections, in_transform, values
+from darboux._autodiff import Field
+from darboux._checks import values
 from darboux.integrators.base import Integrator
+from darboux.integrators.fixed_point import Equations, dense_jacobian, solve_fixed_point
 from darboux.integrators.systems import System, packed
 
-_MAX_SWEEPS = 100
-# Stage equations of at most this many unknowns a row are differentiated by a dense matrix.
-_DENSE_UP_TO = 128
-# An increment this many ulps of the state large is not yet round-off.
-_ROUND_OFF = 1e3
 # The starting guess extrapolates a polynomial of at most this degree: the full one of many
 # stages magnifies its errors by 10^6 and can throw the first sweep out of the domain.
 _GUESS_DEGREE = 4
@@ -36,21 +33,47 @@ _GUESS_DEGREE = 4
 class Tableau:
     r"""An implicit Runge-Kutta method, with :math:`\mu_{ij} = a_{ij}/b_j`.
 
-    Symplecticity :math:`b_i a_{ij} + b_j a_{ji} = b_i b_j` reads
-    :math:`\mu_{ij} + \mu_{ji} = 1`, which floating point can keep exactly: Antonana, Makazaga
-    & Murua, Numer. Algorithms 74 (2017) 575. ``ahead`` maps the slopes of a step to a guess for
-    those of the next step of equal length.
+    A pair takes ``mu`` for ``q`` and ``mu_hat`` for ``p``. Its symplecticity
+    :math:`b_i \hat a_{ij} + b_j a_{ji} = b_i b_j` reads :math:`\hat\mu_{ij} + \mu_{ji} = 1`,
+    which floating point can keep exactly: Antonana, Makazaga & Murua, Numer. Algorithms 74
+    (2017) 575. One method for both has ``mu_hat = mu``.
     """
 
     c: NDArray[np.float64]  # (s,)
     b: NDArray[np.float64]  # (s,)
     mu: NDArray[np.float64]  # (s, s)
-    ahead: NDArray[np.float64]  # (s, s)
+    mu_hat: NDArray[np.float64]  # (s, s)
 
     @property
     def A(self) -> NDArray[np.float64]:
-        """Return the Butcher matrix ``(s, s)``."""
+        """Return the Butcher matrix ``(s, s)`` of ``q``."""
         return self.mu * self.b
+
+    @property
+    def A_hat(self) -> NDArray[np.float64]:
+        """Return the Butcher matrix ``(s, s)`` of ``p``."""
+        return self.mu_hat * self.b
+
+    @cached_property
+    def is_pair(self) -> bool:
+        """Say whether ``q`` and ``p`` are treated differently."""
+        return not np.array_equal(self.mu, self.mu_hat)
+
+    @property
+    def ahead(self) -> NDArray[np.float64]:
+        """Return the map ``(s, s)`` from the slopes of a step to a guess for the next one's."""
+        return _ahead(self, 1.0)
+
+
+@lru_cache(maxsize=256)
+def _ahead(tableau: Tableau, ratio: float) -> NDArray[np.float64]:
+    # The same where the next step is `ratio` times as long: the polynomial that fits the slopes
+    # best, in the Legendre basis, which the weights of the nodes make orthogonal.
+    degree = min(len(tableau.b) - 1, _GUESS_DEGREE)
+    here = legvander(2 * tableau.c - 1, degree)
+    there = legvander(1 + 2 * ratio * tableau.c, degree)
+    norms = tableau.b @ here**2
+    return (there / norms) @ (here.T * tableau.b)
 
 
 def _legendre(n: int, x: Decimal) -> list[Decimal]:
@@ -59,6 +82,33 @@ def _legendre(n: int, x: Decimal) -> list[Decimal]:
     for k in range(1, n):
         values.append(((2 * k + 1) * x * values[k] - k * values[k - 1]) / (k + 1))
     return values[: n + 1]
+
+
+def _collocation(nodes: list[Decimal], weights: list[Decimal], pair: bool) -> Tableau:
+    # The method that collocates q at nodes in [-1, 1]. Polynomials of degree s - 1 at most are
+    # orthogonal under the weights, which gives the Lagrange basis in Legendre polynomials and
+    #   mu_ij = (1 + x_i + sum_k P_k(x_j) (P_{k+1}(x_i) - P_{k-1}(x_i)) / ((2k+1) |P_k|^2)) / 2.
+    s = len(nodes)
+    at = [_legendre(s, x) for x in nodes]
+    norms = [sum(w * p[k] ** 2 for w, p in zip(weights, at, strict=True)) for k in range(s)]
+    mu, mu_hat = np.full((s, s), 0.5), np.full((s, s), 0.5)
+    for i in range(s):
+        for j in range(s):
+            terms = (
+                at[j][k] * (at[i][k + 1] - at[i][k - 1]) / ((2 * k + 1) * norms[k])
+                for k in range(1, s)
+            )
+            m = (1 + nodes[i] + sum(terms)) / 2
+            # The larger of the two is rounded; then 1 minus it is exact (Sterbenz).
+            if m > Decimal("0.5"):
+                mu[i, j] = float(m)
+                mu_hat[j, i] = 1 - mu[i, j]
+            else:
+                mu_hat[j, i] = float(1 - m)
+                mu[i, j] = 1 - mu_hat[j, i]
+    c = np.array([float((1 + x) / 2) for x in nodes])
+    b = np.array([float(w) for w in weights])
+    return Tableau(c, b, mu, mu_hat if pair else mu)
 
 
 @cache
@@ -85,23 +135,33 @@ def gauss_legendre(s: int) -> Tableau:
                 x -= here / slope
             nodes.append(x)
             weights.append(1 / ((1 - x * x) * slope * slope))
-        at = [_legendre(s, x) for x in nodes]
-        after = [_legendre(s, x + 2) for x in nodes]
-        mu = np.full((s, s), 0.5)
-        ahead = np.empty((s, s))
+        return _collocation(nodes, weights, pair=False)
+
+
+@cache
+def lobatto_pair(s: int, swapped: bool = False) -> Tableau:
+    r"""Return Lobatto IIIA for ``q`` and IIIB for ``p``, of order ``2 s - 2``, from 50 digits.
+
+    The nodes are the zeros of :math:`(x^2 - 1) P_{s-1}'(x)`; IIIA collocates there and IIIB is
+    :math:`\hat a_{ij} = b_j (1 - a_{ji}/b_i)`. ``s = 2`` is the generalised leapfrog. ``swapped``:
+    IIIB for ``q``. Hairer, Lubich & Wanner (2006), II.1.4, table II.2.2 and theorem VI.4.5.
+    """
+    if s < 2:
+        raise ValueError(f"lobatto_pair: s is {s}, expected at least 2 stages")
+    with localcontext() as context:
+        context.prec = 50
+        nodes, weights = [], []
         for i in range(s):
-            for j in range(s):
-                terms = (at[j][k] * (at[i][k + 1] - at[i][k - 1]) for k in range(1, s))
-                m = (1 + nodes[i] + sum(terms)) / 2
-                if m > Decimal("0.5"):  # then 1 - m is exact in floating point (Sterbenz)
-                    mu[i, j] = float(m)
-                    mu[j, i] = 1 - mu[i, j]
-                degrees = range(min(s, _GUESS_DEGREE + 1))
-                ahead[i, j] = weights[j] * sum(
-                    (2 * k + 1) * at[j][k] * after[i][k] for k in degrees
-                )
-        c = np.array([float((1 + x) / 2) for x in nodes])
-    return Tableau(c, np.array([float(w) for w in weights]), mu, ahead)
+            x = Decimal(-math.cos(math.pi * i / (s - 1)))
+            for _ in range(8 if 0 < i < s - 1 else 0):
+                # (1 - x^2) P'' = 2 x P' - s (s - 1) P and (1 - x^2) P' = (s - 1) (P_{s-2} - x P)
+                *_, before, here = _legendre(s - 1, x)
+                slope = (s - 1) * (before - x * here) / (1 - x * x)
+                x -= slope * (1 - x * x) / (2 * x * slope - s * (s - 1) * here)
+            nodes.append(x)
+            weights.append(1 / (s * (s - 1) * _legendre(s - 1, x)[-1] ** 2))
+        pair = _collocation(nodes, weights, pair=True)
+    return Tableau(pair.c, pair.b, pair.mu_hat, pair.mu) if swapped else pair
 
 
 class Stages(NamedTuple):
@@ -119,7 +179,9 @@ def solve_stages(
     dt: float | Tensor,
     tableau: Tableau,
     *,
+    split: int | None = None,
     guess: Stages | None = None,
+    ratio: float = 1.0,
     rows_alone: bool = False,
 ) -> Stages:
     r"""Solve the stage equations of one step from ``z (..., m)`` to round-off.
@@ -127,175 +189,74 @@ def solve_stages(
     .. math:: k_i = f\Bigl(z + \sum_j \mu_{ij}\, h b_j k_j\Bigr), \qquad
               z' = z + \sum_j h b_j k_j
 
-    ``field`` is called once a sweep, on all stages stacked in front, ``(s, ..., m)``. The
-    fixed-point sweeps stop where they stop improving, not at a tolerance: a tolerance makes the
-    energy drift (Hairer, McLachlan & Razakarivony, BIT 48 (2008) 231). ``guess``, the previous
-    step of the same ``field`` and ``dt``, saves sweeps by extrapolation.
+    ``field`` is called once a sweep, on all stages stacked in front, ``(s, ..., m)``. With a
+    pair, the first ``split`` components of ``z`` are ``q`` and the others ``p``. ``guess``, the
+    previous step of the same ``field``, saves sweeps by extrapolation; this step is ``ratio``
+    times as long.
 
-    The solution is found without a graph. If a derivative is wanted (``z``, ``dt`` or something
-    inside ``field`` requires grad or is being transformed), further sweeps are made from the
-    solution with a graph, which sums the Neumann series of the implicit function theorem: right
-    for ``z``, ``dt``, parameters and closures, in reverse and forward mode and any nesting. The
-    ``k``-th derivative after ``m`` sweeps of contraction ``rho`` is off by about ``m^k rho^m``;
-    ``m`` is measured so that this is round-off for the first few.
-
-    ``rows_alone`` promises that leading dimensions do not act on each other. Small systems are
-    then differentiated by chord steps with the exact matrix of the stage equations, at a
-    fraction of the cost of the series: exact for derivatives up to third order, and for those of
-    any order that nested ``torch.func`` transforms take.
+    Stops where sweeps stop improving and differentiates through the solution, in ``z``, ``dt``
+    and whatever ``field`` depends on: see :func:`~darboux.integrators.solve_fixed_point`, also
+    for ``rows_alone``, which promises that leading dimensions do not act on each other.
 
     Raises ``ConvergenceError`` when the sweeps do not settle: ``dt`` is too large for them.
     """
-    differentiate = _derivative_wanted(field, z, dt)
+    split = z.shape[-1] if split is None else split
+
+    def equations(z: Tensor, dt: float | Tensor) -> Equations:
+        step = _Step(z, dt, tableau, split)
+        return Equations(field, step.stages, lambda k: step.matrix(field, k))
+
     with torch.no_grad():
-        still = dt.detach() if isinstance(dt, Tensor) else dt
-        step = _Step(z.detach(), still, tableau)
-        k, sweeps, residual = _fixed_point(field, step, guess)
-        dense = rows_alone and len(tableau.b) * z.shape[-1] <= _DENSE_UP_TO
-        inverse = _newton_inverse(field, step, k) if differentiate and dense else None
-        terms = _neumann_terms(field, step, k) if differentiate and not dense else 0
-    step = _Step(z, dt, tableau)
-    if inverse is not None:
-        for _ in range(corrections()):
-            k = k + _apply(inverse, field(step.stages(k)) - k)
-    for _ in range(terms):
-        k = field(step.stages(k))
-    return Stages(step.increment(k), k, sweeps, residual)
+        start = z.expand(len(tableau.b), *z.shape)
+        if guess is not None:
+            ahead = torch.from_numpy(_ahead(tableau, ratio)).to(z)
+            slopes = (ahead @ guess.slopes.detach().flatten(1)).reshape(guess.slopes.shape)
+            start = _Step(z, dt, tableau, split).stages(slopes)
+    k, sweeps, residual = solve_fixed_point(
+        "solve_stages", equations, z, dt, start, rows_alone=rows_alone, staged=True
+    )
+    return Stages(_Step(z, dt, tableau, split).increment(k), k, sweeps, residual)
 
 
 class _Step:
     # The linear part of the stage equations, for one z and dt.
-    def __init__(self, z: Tensor, dt: float | Tensor, tableau: Tableau):
-        self.z, self.dt, self.tableau = z, dt, tableau
+    def __init__(self, z: Tensor, dt: float | Tensor, tableau: Tableau, split: int):
+        self.z, self.split = z, split if tableau.is_pair else z.shape[-1]
         self.mu = torch.from_numpy(tableau.mu).to(z)
+        self.mu_hat = torch.from_numpy(tableau.mu_hat).to(z)
         self.hb = (dt * torch.from_numpy(tableau.b).to(z))[:, None]
 
     def stages(self, k: Tensor) -> Tensor:
-        return self.z + (self.mu @ (self.hb * k.flatten(1))).reshape(k.shape)
-
-    def pull(self, w: Tensor) -> Tensor:
-        # The transpose of stages(): from cotangents of stages to those of slopes.
-        return (self.hb * (self.mu.T @ w.flatten(1))).reshape(w.shape)
+        scaled = self.hb * k.flatten(1)
+        if self.split == self.z.shape[-1]:
+            return self.z + (self.mu @ scaled).reshape(k.shape)
+        q, p = scaled.reshape(k.shape).tensor_split([self.split], -1)
+        moved = [(m @ x.flatten(1)).reshape(x.shape) for m, x in ((self.mu, q), (self.mu_hat, p))]
+        return self.z + torch.cat(moved, -1)
 
     def increment(self, k: Tensor) -> Tensor:
         return (self.hb * k.flatten(1)).sum(0).reshape(self.z.shape)
 
-
-def _fixed_point(field: Field, step: _Step, guess: Stages | None) -> tuple[Tensor, int, float]:
-    z, dt = step.z, step.dt
-    if guess is None:
-        stages = z.expand(len(step.mu), *z.shape)
-    else:
-        ahead = torch.from_numpy(step.tableau.ahead).to(z)
-        slopes = guess.slopes.detach()
-        stages = step.stages((ahead @ slopes.flatten(1)).reshape(slopes.shape))
-    k, sweep, limit, worst, least, settled = stages, 0, 0.0, 0.0, None, None
-    while sweep < _MAX_SWEEPS:
-        sweep += 1
-        k = field(stages).detach()
-        moved = step.stages(k)
-        # One number for each copy; values() shows those of a whole vmapped batch.
-        change = values((moved - stages).abs().amax((0, -1)))
-        stages = moved
-        worst = float(change.max()) if change.numel() else 0.0
-        if worst == 0.0:
-            return k, sweep, worst
-        if sweep == 1:
-            limit = _ROUND_OFF * torch.finfo(z.dtype).eps * float(values(stages).abs().max())
-        if not math.isfinite(worst):
-            break
-        if worst <= limit and least is not None:
-            stalled = (change >= least) | (change == 0)
-            settled = stalled if settled is None else settled | stalled
-            if settled.all():
-                return k, sweep, worst
-        least = change if least is None else torch.minimum(change, least)
-    if worst <= limit:
-        return k, sweep, worst
-    size = float(values(dt)) if isinstance(dt, Tensor) else dt
-    raise ConvergenceError(
-        f"solve_stages: after {sweep} sweeps of a step dt = {size:g} the stages still change "
-        f"by {worst:.3g}: take a smaller dt",
-        worst,
-        sweep,
-    )
+    def matrix(self, field: Field, k: Tensor) -> Tensor:
+        # J_i h b_j mu_ij for each copy: (..., s m, s m)
+        jac = dense_jacobian(field, self.stages(k))
+        m = self.z.shape[-1]
+        widths = ((self.mu, self.split), (self.mu_hat, m - self.split))
+        coupling = torch.cat([(mu * self.hb.T).expand(n, *mu.shape) for mu, n in widths])
+        matrix = torch.einsum("lij,i...kl->...ikjl", coupling, jac)
+        return matrix.flatten(-4, -3).flatten(-2)
 
 
-def _newton_inverse(field: Field, step: _Step, k: Tensor) -> Tensor:
-    # (I - J_i h b_j mu_ij)^-1 for each row of the batch: (..., s m, s m)
-    jac = jacobian(field, step.stages(k))[1]
-    coupling = step.mu * step.hb.T
-    matrix = torch.einsum("ij,i...kl->...ikjl", coupling, jac).flatten(-4, -3).flatten(-2)
-    eye = torch.eye(matrix.shape[-1], dtype=k.dtype, device=k.device)
-    return torch.linalg.inv(eye - matrix)
-
-
-def _apply(inverse: Tensor, k: Tensor) -> Tensor:
-    # (..., s m, s m) times (s, ..., m)
-    column = k.movedim(0, -2).flatten(-2).unsqueeze(-1)
-    return (inverse @ column).squeeze(-1).unflatten(-1, (k.shape[0], k.shape[-1])).movedim(-2, 0)
-
-
-def _neumann_terms(field: Field, step: _Step, k: Tensor) -> int:
-    # Count the terms that the Neumann series of the stage equations needs at their solution, by
-    # summing its transpose on a generic cotangent. The sweeps of the solution itself tell
-    # nothing: at an equilibrium, or in any plane that the motion does not leave, it took few.
-    stages = step.stages(k)
-    if stages.numel() == 0:
-        return 1
-    if in_transform():
-        pull_through = torch.func.vjp(field, stages)[1]
-
-        def pull(w: Tensor) -> Tensor:
-            return pull_through(w)[0].detach()
-    else:
-        with torch.enable_grad():
-            x = stages.requires_grad_()
-            slopes = field(x)
-        if not slopes.requires_grad:
-            return 1
-
-        def pull(w: Tensor) -> Tensor:
-            return torch.autograd.grad(slopes, x, w, retain_graph=True, materialize_grads=True)[0]
-
-    s, m = len(step.mu), stages.shape[-1]
-    pattern = torch.arange(1, s * m + 1, dtype=stages.dtype, device=stages.device).cos()
-    term = pattern.reshape(s, *[1] * (stages.dim() - 2), m).expand(stages.shape)
-    total = term.abs()
-    # A third of the digits are watched; the others take as many terms again each.
-    enough = torch.finfo(stages.dtype).eps ** (1 / 3)
-    for n in range(1, _MAX_SWEEPS // 3):
-        term = pull(step.pull(term))
-        total = total + term.abs()
-        left = values((term.abs() - enough * total).amax())
-        if float(left.max()) <= 0:
-            return 3 * n + 2
-    return _MAX_SWEEPS
-
-
-def _derivative_wanted(field: Field, z: Tensor, dt: float | Tensor) -> bool:
-    if forward_ad._current_level >= 0:
-        return True
-    levels = (_functorch.get_interpreter_stack() or []) if in_transform() else []
-    if any(level.key() != _functorch.TransformType.Vmap for level in levels):
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    if _tracked(z) or (isinstance(dt, Tensor) and _tracked(dt)):
-        return True
-    return _tracked(field(z[None]))  # a parameter inside the field
-
-
-def _tracked(x: Tensor) -> bool:
-    # Under vmap a wrapper does not show that the tensor inside requires grad.
-    while _functorch.is_functorch_wrapped_tensor(x):
-        x = _functorch.get_unwrapped(x)
-    return x.requires_grad
+class _Memory(NamedTuple):
+    stages: Stages | None
+    dt: float | Tensor  # of those stages
+    lost: Tensor  # what the additions to the state rounded off
+    rows_alone: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Gauss(Integrator):
-    """Gauss collocation with the stages of ``tableau``, on the packed state ``(q, p)``.
+class ImplicitRungeKutta(Integrator):
+    """The method of ``tableau``, on ``q`` and ``p`` of any widths.
 
     What each addition to the state rounds off is carried to the next step (Kahan), at no cost
     beside the stages: angles that grow through many turns would otherwise spoil the energy.
@@ -304,11 +265,10 @@ class Gauss(Integrator):
     symplectic: bool = True
     symmetric: bool = True
     explicit: bool = False
-    source: str = "Butcher, Math. Comp. 18 (1964) 50; Hairer, Lubich & Wanner (2006), II.1.3"
     tableau: Tableau
 
     def check(self, system: System) -> None:
-        """Accept every system."""
+        """Accept every system; one without ``p`` is moved by the coefficients of ``q``."""
 
     def advance(
         self,
@@ -317,27 +277,92 @@ class Gauss(Integrator):
         p: Tensor,
         dt: float | Tensor,
         steps: int,
-        memory: Any = None,
-    ) -> tuple[Tensor, Tensor, tuple[Stages | None, Tensor]]:
+        memory: _Memory | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:
         """Take ``steps`` steps; the memory is the last stages and what the state rounded off."""
         d = q.shape[-1]
         field = packed(system, d)
         z = torch.cat([q, p], -1)
-        stages, lost = (None, torch.zeros_like(z)) if memory is None else memory
+        if memory is None:
+            memory = _Memory(None, dt, torch.zeros_like(z), are_rows_alone(system, q, p))
+        stages, last, lost, rows_alone = memory
+        ratio = step_ratio(dt, last)
         for _ in range(steps):
-            stages = solve_stages(field, z, dt, self.tableau, guess=stages)
-            increment = stages.increment + lost
-            moved = z + increment
-            lost = (increment - (moved - z)).detach()
-            z = moved
-        return z[..., :d], z[..., d:], (stages, lost)
+            stages = solve_stages(
+                field,
+                z,
+                dt,
+                self.tableau,
+                split=d,
+                guess=stages,
+                ratio=ratio,
+                rows_alone=rows_alone,
+            )
+            z, lost = add_compensated(z, stages.increment, lost)
+            ratio = 1.0
+        return z[..., :d], z[..., d:], _Memory(stages, dt, lost, rows_alone)
+
+
+Gauss = ImplicitRungeKutta  # the name it had when Gauss collocation was all of it
+
+
+def are_rows_alone(system: System, q: Tensor, p: Tensor) -> bool:
+    """Say whether every vector of ``q`` is a system of its own: its energy then tells."""
+    try:
+        with torch.no_grad():
+            bare, _, _ = system.lower(q, p)
+            energy = system.energy(bare, p, *((q[..., -1],) if system.time else ()))
+    except ValueError:  # it has none
+        return False
+    return energy.dim() == q.dim() - 1
+
+
+def step_ratio(dt: float | Tensor, last: float | Tensor) -> float:
+    """Return how many times longer than the last step this one is."""
+    if dt is last:
+        return 1.0
+    sizes = [values(x).flatten()[:1] if isinstance(x, Tensor) else x for x in (dt, last)]
+    ratio = float(sizes[0]) / (float(sizes[1]) or 1.0)
+    return round(ratio, 12) if math.isfinite(ratio) else 1.0
+
+
+def add_compensated(z: Tensor, increment: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``z + increment`` and what that rounded off, ``lost`` being the last loss (Kahan)."""
+    increment = increment + lost
+    moved = z + increment
+    return moved, (increment - (moved - z)).detach()
 
 
 GAUSSES = tuple(
-    Gauss(
+    ImplicitRungeKutta(
         name="implicit_midpoint" if s == 1 else f"gauss{2 * s}",
         order=2 * s,
         tableau=gauss_legendre(s),
+        source="Butcher, Math. Comp. 18 (1964) 50; Hairer, Lubich & Wanner (2006), II.1.3",
     )
     for s in range(1, 9)
+)
+
+LOBATTOS = (
+    ImplicitRungeKutta(
+        name="generalized_leapfrog",
+        order=2,
+        tableau=lobatto_pair(2),
+        source="Hairer, Lubich & Wanner (2006), VI.3.4; Leimkuhler & Reich (2004), 4.2; kick first",
+    ),
+    ImplicitRungeKutta(
+        name="generalized_position_leapfrog",
+        order=2,
+        tableau=lobatto_pair(2, swapped=True),
+        source="the same with q and p exchanged; drift first",
+    ),
+    *(
+        ImplicitRungeKutta(
+            name=f"lobatto{2 * s - 2}",
+            order=2 * s - 2,
+            tableau=lobatto_pair(s),
+            source="Lobatto IIIA-IIIB: Sun 1993; Jay, SIAM J. Numer. Anal. 33 (1996) 368",
+        )
+        for s in (3, 4)
+    ),
 )

@@ -18,6 +18,7 @@ from darboux.integrators.base import Integrator
 from darboux.integrators.systems import Separable, Split, System
 
 Flow = tuple[int, float]  # (0 for the drift or the number of the part, coefficient of dt)
+Exact = tuple[int, Decimal]  # the same before rounding
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,12 +28,14 @@ class Splitting(Integrator):
     ``rkn`` (Runge-Kutta-Nystrom): order or error constant rest on brackets that vanish when
     the kinetic energy is quadratic; other systems are refused. ``weights`` are those of a
     composition of leapfrogs, which is what more than two parts allow. ``compensated`` carries
-    what each addition rounds off to the next one (Kahan).
+    what each addition rounds off to the next one (Kahan). ``exact`` keeps the digits of the
+    table, for whoever checks its order conditions.
     """
 
     symplectic: bool = True
     explicit: bool = True
     flows: tuple[Flow, ...]
+    exact: tuple[Exact, ...] = ()
     weights: tuple[float, ...] = ()
     rkn: bool = False
     compensated: bool = False
@@ -154,17 +157,17 @@ def _kahan(x: Tensor, increment: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
     return moved, (increment - (moved - x)).detach()
 
 
-def _alternate(first: str, coefficients: list[Decimal]) -> tuple[Flow, ...]:
+def _alternate(first: str, coefficients: list[Decimal]) -> tuple[Exact, ...]:
     start = int(first == "kick")
-    return tuple((start ^ (i % 2), float(c)) for i, c in enumerate(coefficients))
+    return tuple((start ^ (i % 2), c) for i, c in enumerate(coefficients))
 
 
-def sequence(first: str, digits: str) -> tuple[Flow, ...]:
+def sequence(first: str, digits: str) -> tuple[Exact, ...]:
     """Read the coefficients of a method in the order in which they act."""
     return _alternate(first, [Decimal(x) for x in digits.split()])
 
 
-def palindrome(first: str, digits: str = "") -> tuple[Flow, ...]:
+def palindrome(first: str, digits: str = "") -> tuple[Exact, ...]:
     """Complete a method that reads the same backwards from its first, free coefficients.
 
     The two before the middle follow from kicks and drifts summing to one each.
@@ -181,7 +184,7 @@ def weights(digits: str = "") -> tuple[Decimal, ...]:
     return (*w, 1 - 2 * sum(w, Decimal(0)), *reversed(w))
 
 
-def composition(w: tuple[Decimal, ...]) -> tuple[Flow, ...]:
+def composition(w: tuple[Decimal, ...]) -> tuple[Exact, ...]:
     """Compose leapfrogs (kick first) with step weights ``w``."""
     kicks = [w[0] / 2, *((a + b) / 2 for a, b in pairwise(w)), w[-1] / 2]
     flows = [x for pair in zip(kicks, w, strict=False) for x in pair]

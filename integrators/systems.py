@@ -236,6 +236,32 @@ class VectorField(System):
         return (_with_clock(dq, 1.0), dp) if self.time else (dq, dp)
 
 
+class Poisson(System):
+    r"""A Poisson system: the gradient of an energy, turned by a skew matrix.
+
+    .. math:: \dot z = B(z)\, \nabla H(z), \qquad B^T = -B
+
+    ``energy(z) -> (...)`` and ``structure(z) -> (..., m, m)``, on states ``z (..., m)`` given as
+    ``q`` alone or packed from ``q`` and ``p``. For ``B`` to be a Poisson structure it must satisfy
+    Jacobi's identity; the energy is conserved without. The rigid body: ``structure(m)`` is the
+    matrix of :math:`v \mapsto m \times v`. Hairer, Lubich & Wanner (2006), VII.2.
+    """
+
+    paired = False
+
+    def __init__(self, energy: Callable[[Tensor], Tensor], structure: Callable[[Tensor], Tensor]):
+        self.hamiltonian = energy
+        self.structure = structure
+
+    def field(self, q: Tensor, p: Tensor, /) -> Pair:
+        z = torch.cat([q, p], -1)
+        slope = (self.structure(z) @ gradient(self.hamiltonian, z).unsqueeze(-1)).squeeze(-1)
+        return slope[..., : q.shape[-1]], slope[..., q.shape[-1] :]
+
+    def energy(self, q: Tensor, p: Tensor, /, *t: Tensor) -> Tensor:
+        return self.hamiltonian(torch.cat([q, p], -1))
+
+
 def packed(system: System, d: int) -> Callable[[Tensor], Tensor]:
     """Return the field of ``system`` on states ``z = (q, p)`` whose ``q`` has ``d`` components."""
 

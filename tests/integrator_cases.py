@@ -7,12 +7,10 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from darboux.integrators import METHODS, Hamiltonian, Separable, Splitting
+from darboux.integrators import METHODS, Hamiltonian, Separable, Splitting, catalogue
+from darboux.integrators.driver import applies
 
 F64 = torch.float64
-SPLITTINGS = [m for m in METHODS.values() if isinstance(m, Splitting)]
-SYMPLECTIC = [m for m in METHODS.values() if m.symplectic]
-SYMMETRIC = [m for m in METHODS.values() if m.symmetric]
 
 
 def rocking(q: Tensor) -> Tensor:
@@ -43,11 +41,17 @@ GENERAL = Separable(rocking, relativistic)
 COUPLED = Hamiltonian(coupled)
 
 
+LEAST_SPECIAL_FIRST = (COUPLED, GENERAL, QUADRATIC)
+# Methods for systems of other kinds are tested with these.
+GENERIC = [m for m in METHODS.values() if any(applies(m, s) for s in LEAST_SPECIAL_FIRST)]
+SPLITTINGS = [m for m in METHODS.values() if isinstance(m, Splitting)]
+SYMPLECTIC = [m for m in GENERIC if m.symplectic]
+SYMMETRIC = [m for m in GENERIC if m.symmetric]
+
+
 def hardest(method) -> Separable | Hamiltonian:
     """Return the least special of the systems that ``method`` moves."""
-    if not isinstance(method, Splitting):
-        return COUPLED
-    return QUADRATIC if method.rkn else GENERAL
+    return next(system for system in LEAST_SPECIAL_FIRST if applies(method, system))
 
 
 def start(*batch: int, dtype=F64) -> tuple[Tensor, Tensor]:
@@ -82,6 +86,10 @@ def _kepler_force(q: Tensor) -> Tensor:
 
 
 KEPLER = Separable(_kepler_potential, force=_kepler_force)
+
+
+HENON_HEILES = catalogue.henon_heiles()
+PENDULUM = catalogue.pendulum()
 
 
 def perihelion(eccentricity: float) -> tuple[Tensor, Tensor]:

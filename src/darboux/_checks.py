@@ -8,6 +8,7 @@ checked too, unless the call runs inside :func:`unchecked` or is being compiled.
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ class GeometryError(RuntimeError):
 
 
 class ConvergenceError(RuntimeError):
-    """An iteration did not converge; carries the ``residual`` and the ``iterations`` made."""
+    """An iteration did not converge; carries the ``residual`` and the ``iterations`` made.
+
+    One that ends a run carries the ``trajectory`` up to the last good state.
+    """
 
     def __init__(self, message: str, residual: float = float("nan"), iterations: int = 0):
         super().__init__(message)
         self.residual = residual
         self.iterations = iterations
+        self.trajectory: Any = None
 
 
 @contextlib.contextmanager
@@ -61,6 +66,12 @@ def in_transform() -> bool:
     if torch.compiler.is_compiling():
         return True
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def in_reverse_transform() -> bool:
+    """Say whether ``torch.func.grad``, ``vjp`` or ``jacrev`` is at work here."""
+    levels = [] if torch.compiler.is_compiling() else _functorch.get_interpreter_stack() or []
+    return any(level.key() == _functorch.TransformType.Grad for level in levels)
 
 
 def corrections() -> int:

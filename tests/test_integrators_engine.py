@@ -1,0 +1,455 @@
+"""The compiled engine against the eager executor, and the catalogue against autograd."""
+
+import gc
+import re
+import weakref
+
+import pytest
+import torch
+from integrator_cases import perihelion, rocking
+from torch import Tensor, nn
+
+from darboux import ConvergenceError
+from darboux.integrators import METHODS, Hamiltonian, Separable, Splitting, catalogue, engine
+from darboux.integrators._codegen import Expressions
+from darboux.integrators._kernels import NoCompiler, compiler
+
+F64 = torch.float64
+LEAPFROG = METHODS["leapfrog"]
+SPREAD = ["leapfrog", "position_leapfrog", "ruth3", "yoshida4", "bm6_rkn", "kahan_li8"]
+
+try:
+    compiler()
+except NoCompiler as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def randn(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, dtype=F64, generator=generator)
+
+
+def symmetric(d: int) -> Tensor:
+    a = randn(d, d)
+    return a @ a.mT / d + torch.eye(d, dtype=F64)
+
+
+class Network(nn.Module):
+    """A potential with two layers."""
+
+    def __init__(self, activation: type[nn.Module]):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Linear(2, 7), activation(), nn.Linear(7, 1)).double()
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.layers(q).squeeze(-1) + q.square().sum(-1)
+
+
+def pairs(q: Tensor) -> Tensor:
+    """Return a potential of all pairs of bodies, as one writes it."""
+    gap = (q[..., :, None, :] - q[..., None, :, :]).square().sum(-1)
+    return -torch.rsqrt(gap + 0.1).triu(1).sum((-2, -1))
+
+
+def clipped(q: Tensor) -> Tensor:
+    """Return a potential with kinks."""
+    return (
+        torch.clamp(q, -0.5, 0.4).square().sum(-1) + torch.relu(q - 0.1).sum(-1) + q.abs().sum(-1)
+    )
+
+
+WEIGHTS = randn(3, 2)
+
+CATALOGUE = {
+    "oscillator": (lambda: catalogue.oscillator(1.3), (2,)),
+    "quadratic": (lambda: catalogue.quadratic(symmetric(3), mass=1 + randn(3).square()), (3,)),
+    "harmonic_chain": (lambda: catalogue.oscillator_chain(0.7), (5,)),
+    "fput": (lambda: catalogue.oscillator_chain(1.0, 0.25, 0.3), (4,)),
+    "kepler": (lambda: catalogue.kepler(1.2), (2,)),
+    "gravity": (lambda: catalogue.gravity(1 + randn(3).square(), 0.8, 0.5), (3, 3)),
+    "gravity_many": (lambda: catalogue.gravity(1 + randn(11).square(), 0.8, 0.5), (11, 3)),
+    "toda": (catalogue.toda, (3,)),
+    "toda_open": (lambda: catalogue.toda(periodic=False), (3,)),
+    "henon_heiles": (catalogue.henon_heiles, (2,)),
+    "pendulum": (lambda: catalogue.pendulum(1.1), (1,)),
+    "double_well": (catalogue.double_well, (2,)),
+    "torus_pair": (lambda: catalogue.torus_pair(0.4), (2,)),
+}
+WRITTEN = {
+    "kepler by hand": (lambda: Separable(lambda q: -1 / q.norm(dim=-1)), (2,)),
+    "rocking": (lambda: Separable(rocking), (2,)),
+    "general kinetic": (
+        lambda: Separable(rocking, lambda p: (1 + p.square().sum(-1)).sqrt()),
+        (2,),
+    ),
+    "tanh network": (lambda: Separable(Network(nn.Tanh)), (2,)),
+    "softplus network": (lambda: Separable(Network(nn.Softplus)), (2,)),
+    "silu network": (lambda: Separable(Network(nn.SiLU)), (2,)),
+    "gelu network": (lambda: Separable(Network(nn.GELU)), (2,)),
+    "einsum": (
+        lambda: Separable(lambda q: torch.einsum("...i,ki->...k", q, WEIGHTS).cos().sum(-1)),
+        (2,),
+    ),
+    "softmax": (lambda: Separable(lambda q: torch.logsumexp(q @ WEIGHTS.mT, -1)), (2,)),
+    "pairs": (lambda: Separable(pairs), (3, 2)),
+    "kinks": (lambda: Separable(clipped), (2,)),
+    "elementary": (
+        lambda: Separable(
+            lambda q: (
+                (torch.exp(-(q**2)) + torch.log1p(q * q) + torch.atan(q) + torch.sinh(q / 4)).sum(
+                    -1
+                )
+                + (2 + torch.sin(q)).pow(2.3).mean(-1)
+                + torch.sigmoid(q[..., 0]) * q[..., 1]
+            )
+        ),
+        (2,),
+    ),
+    "force alone": (lambda: Separable(force=lambda q: -torch.sin(q).roll(1, -1)), (3,)),
+    "of the time": (
+        lambda: Separable(lambda q, t: (q * q).sum(-1) * (1 + t.sin()), time=True),
+        (2,),
+    ),
+}
+ALL = CATALOGUE | WRITTEN
+
+
+def state(system: Separable, event: tuple[int, ...], *batch: int) -> tuple[Tensor, Tensor]:
+    """Return a lifted state, on moderate orbits of Kepler's problem."""
+    q, p = 0.2 * randn(*batch, *event), 0.2 * randn(*batch, *event, seed=1)
+    if len(event) == 1:
+        q[..., 0] += 2
+        p[..., -1] += 0.7
+    return system.lift(q, p, 0.2) if system.time else (q, p)
+
+
+def both(method, system, q, p, dt, steps, **options):
+    with torch.no_grad():
+        fast = engine.advance(method, system, q, p, dt, steps, None, **options)
+        slow = method.advance(system, q, p, dt, steps, None)
+    return fast[:2], slow[:2]
+
+
+def agree(fast, slow, tolerance=1e-13) -> None:
+    for a, b in zip(fast, slow, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert float((a - b).abs().max()) <= tolerance * (1 + float(b.abs().max()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_kernel_is_eager(name):
+    make, event = ALL[name]
+    system = make()
+    q, p = state(system, event, 11)
+    assert engine.engine_of(system, q, p) == "native kernel"
+    for spread in SPREAD if name in ("kepler", "rocking") else ["leapfrog"]:
+        method = METHODS[spread]
+        assert isinstance(method, Splitting)
+        agree(*both(method, system, q, p, 0.01, 200 // len(method.flows) * 3))
+
+
+@pytest.mark.parametrize("name", ["kepler", "gravity_many", "pairs"])
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 5), (70,)])
+def test_batch_shapes_and_directions(name, batch):
+    make, event = ALL[name]
+    system = make()
+    q, p = state(system, event, *batch)
+    for steps, dt in ((0, 0.1), (1, 0.1), (3, -0.1)):
+        agree(*both(LEAPFROG, system, q, p, dt, steps))
+    # What is not contiguous is read in the right order.
+    q, p = (x.mT.contiguous().mT if x.dim() > 1 else x for x in (q, p))
+    agree(*both(LEAPFROG, system, q, p, 0.1, 2))
+
+
+@pytest.mark.parametrize("name", ["kepler", "gravity_many", "tanh network"])
+def test_single_precision(name):
+    make, event = ALL[name]
+    system = make()
+    q, p = (x.float() for x in state(system, event, 5))
+    if name == "tanh network":
+        system.potential.float()
+    if name == "gravity_many":
+        system = catalogue.gravity((1 + randn(11).square()).float(), 0.8, 0.5)
+    agree(*both(LEAPFROG, system, q, p, 0.01, 50), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_catalogue_force(name):
+    make, event = CATALOGUE[name]
+    system = make()
+    q, _ = state(system, event, 4)
+    q.requires_grad_()
+    (slope,) = torch.autograd.grad(system.potential(q).sum(), q)
+    torch.testing.assert_close(system.force(q), -slope, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(advance, make, event, leaves, dt):
+    q, p = (x.requires_grad_() for x in state(make(), event, 9))
+    q1, p1, _ = advance(make(), q, p, dt)
+    weight = randn(*q1.shape, seed=2)
+    return torch.autograd.grad((q1 * weight).sum() + p1.square().sum(), [q, p, *leaves])
+
+
+def learnable():
+    log_mu = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    masses = (1 + randn(3).square()).requires_grad_()
+    many = (1 + randn(9).square()).requires_grad_()
+    strength, soft = (torch.tensor(x, dtype=F64, requires_grad=True) for x in (0.9, 0.4))
+    network = Network(nn.Tanh)
+    shared = nn.Parameter(randn(2, 2))
+    return {
+        "kepler, of a logarithm": (lambda: catalogue.kepler(log_mu.exp()), (2,), [log_mu]),
+        "by hand": (lambda: Separable(lambda q: -log_mu.exp() / q.norm(dim=-1)), (2,), [log_mu]),
+        "gravity": (
+            lambda: catalogue.gravity(masses, strength, soft),
+            (3, 3),
+            [masses, strength, soft],
+        ),
+        "gravity, many": (
+            lambda: catalogue.gravity(many, strength, soft),
+            (9, 3),
+            [many, strength, soft],
+        ),
+        "network": (lambda: Separable(network), (2,), list(network.parameters())[:-1]),
+        "matrix": (lambda: catalogue.quadratic(shared @ shared.mT), (2,), [shared]),
+        "mass": (
+            lambda: catalogue.oscillator_chain(strength, 0.2, soft, mass=masses),
+            (3,),
+            [strength, soft, masses],
+        ),
+        "kinks": (lambda: Separable(clipped), (2,), []),
+    }
+
+
+@pytest.mark.parametrize("name", learnable())
+@pytest.mark.parametrize("method", ["position_leapfrog", "ruth3"])
+def test_gradient(name, method):
+    make, event, leaves = learnable()[name]
+    dt = torch.tensor(0.02, dtype=F64, requires_grad=True)
+    method = METHODS[method]
+    fast = gradients(
+        lambda s, q, p, h: engine.advance(method, s, q, p, h, 40), make, event, [*leaves, dt], dt
+    )
+    slow = gradients(
+        lambda s, q, p, h: method.advance(s, q, p, h, 40, None), make, event, [*leaves, dt], dt
+    )
+    for a, b in zip(fast, slow, strict=True):
+        assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max() + 1e-3)
+
+
+def test_gradient_of_several_calls():
+    mu = torch.tensor(1.1, dtype=F64, requires_grad=True)
+    system = catalogue.kepler(mu)
+    q, p = perihelion(0.3)
+    grads = []
+    for advance in (engine.advance, LEAPFROG.advance.__func__):
+        x, y, total, memory = q, p, torch.zeros((), dtype=F64), None
+        for _ in range(3):
+            x, y, memory = advance(LEAPFROG, system, x, y, 0.01, 20, memory)
+            total = total + x[0]
+        grads += torch.autograd.grad(total, mu)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=0)
+
+
+def test_gradient_is_the_same_in_every_run_and_with_threads():
+    network = Network(nn.Tanh)
+    system = Separable(network)
+    q, p = (x.requires_grad_() for x in state(system, (2,), 3000))
+    results = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        q1, _, _ = engine.advance(LEAPFROG, system, q, p, 0.01, 100)
+        results.append(
+            torch.autograd.grad(q1.square().sum(), [q, *list(network.parameters())[:-1]])
+        )
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_chaotic_gradient_is_refused():
+    system = catalogue.henon_heiles()
+    q = torch.tensor([0.0, 0.1], dtype=F64, requires_grad=True)
+    p = torch.tensor([0.55, 0.1], dtype=F64)
+    q1, _, _ = engine.advance(LEAPFROG, system, q, p, 0.05, 40_000)
+    with pytest.raises(ConvergenceError, match="chaotic"):
+        q1.sum().backward()
+
+
+def test_no_second_derivative():
+    q, p = (x.requires_grad_() for x in state(catalogue.kepler(), (2,)))
+    q1, _, _ = engine.advance(LEAPFROG, catalogue.kepler(), q, p, 0.1, 3)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(q1.sum(), q, create_graph=True)
+
+
+def test_a_detached_part_is_noticed():
+    mu = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    system = Separable(force=lambda q: -q * (mu + mu.detach()))
+    q, p = state(system, (2,), 3)
+    with pytest.raises(ValueError, match="detached"):
+        engine.advance(LEAPFROG, system, q, p, 0.1, 3)
+
+
+# ---------------------------------------------------------------- what changes between calls
+
+
+def test_new_values_are_seen():
+    mu, factor = torch.tensor(1.0, dtype=F64), 1.0
+    network = Network(nn.Tanh)
+    weight = next(network.parameters())
+    system = Separable(lambda q: factor * mu * q.square().sum(-1) + network(q))
+    q, p = state(system, (2,), 3)
+    agree(*both(LEAPFROG, system, q, p, 0.1, 5))
+    mu.fill_(2.0)
+    with torch.no_grad():
+        weight.mul_(1.5)
+    agree(*both(LEAPFROG, system, q, p, 0.1, 5))
+    mu = torch.tensor(3.0, dtype=F64)
+    agree(*both(LEAPFROG, system, q, p, 0.1, 5))
+    factor = 0.5
+    agree(*both(LEAPFROG, system, q, p, 0.1, 5))
+    network.layers[0].weight = nn.Parameter(randn(7, 2))
+    agree(*both(LEAPFROG, system, q, p, 0.1, 5))
+
+
+def test_systems_are_let_go():
+    system = catalogue.kepler()
+    engine.advance(LEAPFROG, system, *state(system, (2,)), 0.1, 2)
+    gone = weakref.ref(system)
+    del system
+    gc.collect()
+    assert gone() is None
+
+
+def test_inputs_are_left_alone():
+    system = catalogue.kepler()
+    q, p = state(system, (2,), 3)
+    before = q.clone(), p.clone()
+    engine.advance(LEAPFROG, system, q, p, 0.1, 2)
+    agree((q, p), before, 0.0)
+
+
+def test_one_line_for_one_compilation(capfd):
+    system = Separable(lambda q: 0.1234567 * q.square().sum(-1))
+    for _ in range(2):
+        engine.advance(LEAPFROG, system, *state(system, (2,), 3), 0.1, 2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("compiled leapfrog for Separable in ")
+    assert line.endswith(" s (native kernel)")
+
+
+# ---------------------------------------------------------------- long runs
+
+
+def test_compensated_sums():
+    system = catalogue.oscillator()
+    q, p = torch.tensor([1.0], dtype=F64), torch.tensor([0.0], dtype=F64)
+    h, steps = 0.01, 1_000_000
+
+    def drift(compensated: bool) -> float:
+        # Leapfrog keeps this quadratic form exactly; HLW (2006), I.1.4.
+        x, y, memory = q, p, None
+        for _ in range(2):
+            x, y, memory = engine.advance(
+                LEAPFROG, system, x, y, h, steps // 2, memory, compensated=compensated
+            )
+        return abs(float(y**2 + (1 - h * h / 4) * x**2) - (1 - h * h / 4))
+
+    assert drift(True) < 1e-15 < 1e-14 < drift(False)
+
+
+@pytest.mark.parametrize("name", ["kepler", "gravity_many"])
+def test_compensated_is_eager(name):
+    make, event = ALL[name]
+    system = make()
+    q, p = state(system, event, 5)
+    agree(*both(LEAPFROG, system, q, p, 0.01, 50, compensated=True))
+
+
+# ---------------------------------------------------------------- what it will not do
+
+
+def test_refusals():
+    q, p = state(catalogue.kepler(), (2,), 3)
+    coupled = Hamiltonian(lambda q, p: (q * p).sum(-1))
+    assert "not an explicit splitting" in str(engine.supports(METHODS["gauss4"], coupled))
+    assert "a Hamiltonian, not a Separable" in str(engine.supports(LEAPFROG, coupled))
+    assert engine.supports(LEAPFROG, catalogue.kepler()) is None
+    with pytest.raises(ValueError, match="not a Separable"):
+        engine.advance(LEAPFROG, coupled, q, p, 0.1, 1)
+    with pytest.raises(TypeError, match=r"dtype torch\.float16"):
+        engine.advance(LEAPFROG, catalogue.kepler(), q.half(), p.half(), 0.1, 1)
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    system = catalogue.kepler()
+    with pytest.raises(RuntimeError, match=r"neither g\+\+ nor clang\+\+"):
+        engine.advance(LEAPFROG, system, *state(system, (2,)), 0.1, 1)
+
+
+@pytest.mark.parametrize(
+    ("system", "event", "words"),
+    [
+        (Separable(force=lambda q: q.sort(-1).values), (2,), "it uses aten.sort"),
+        (
+            Separable(lambda q: (q - q.mean(0)).square().sum(-1)),
+            (2,),
+            "trajectories of a batch mix",
+        ),
+        (Separable(pairs), (90, 3), "more than 12000 scalar operations"),
+        (Separable(lambda q: q.square().sum(-1) * q.sum().item()), (2,), "get value out"),
+    ],
+)
+def test_what_no_kernel_can_do_is_said(system, event, words):
+    said = engine.engine_of(system, *state(system, event, 3))
+    assert said.startswith("torch.compile in chunks of steps: no native kernel, for ")
+    assert re.search(words, said)
+
+
+def test_a_batch_that_mixes_is_one_system():
+    strength = 1 + randn(3, 1).square()
+    system = Separable(force=lambda q: -strength * (q - q.mean(0)))
+    q, p = state(system, (2,), 3)
+    assert engine.engine_of(system, q, p) == "native kernel"
+    agree(*both(LEAPFROG, system, q, p, 0.1, 20))
+
+
+@pytest.mark.slow
+def test_the_second_engine(capfd, monkeypatch):
+    monkeypatch.setattr(engine, "_CHUNK", 3)
+    # The potential says that trajectories are independent, but each has its own strength.
+    strength = 1 + randn(3).square()
+    system = Separable(lambda q: strength * q.square().sum(-1))
+    q, p = state(system, (1,), 3)
+    agree(*both(LEAPFROG, system, q, p, 0.1, 7))
+    assert "(torch.compile in chunks of steps: no native kernel" in capfd.readouterr().err
+    strength.mul_(2)
+    agree(*both(LEAPFROG, system, q, p, 0.1, 7))
+    with pytest.raises(ValueError, match="no gradient, for the engine is torch.compile"):
+        engine.advance(LEAPFROG, system, q.requires_grad_(), p, 0.1, 7)
+    with pytest.raises(ValueError, match="no compensated sums"):
+        engine.advance(LEAPFROG, system, q.detach(), p, 0.1, 7, compensated=True)
+
+
+# ---------------------------------------------------------------- expressions
+
+
+def test_expressions_are_simplified():
+    e = Expressions()
+    x, y = e.new("input", "q", 0, 0), e.new("input", "q", 1, 0)
+    number = e.literal
+    assert e.add(x, y) == e.add(y, x)
+    assert e.mul(number(2.0), e.mul(number(0.5), x)) == x
+    assert e.sub(x, e.neg(y)) == e.add(x, y)
+    assert e.div(x, e.apply("sqrt", y)) == e.mul(x, e.apply("rsqrt", y))
+    assert e.pow(x, number(2.0)) == e.mul(x, x)
+    assert e.where(e.compare("lt", number(1.0), number(2.0)), x, y) == x
