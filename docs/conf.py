@@ -12,7 +12,14 @@ from sphinx.util.docutils import SphinxDirective
 
 import darboux
 from darboux import flows, integrators, manifolds
-from darboux.integrators import METHODS, Splitting
+from darboux.integrators import (
+    METHODS,
+    Constrained,
+    Hamiltonian,
+    Separable,
+    VectorField,
+)
+from darboux.integrators.driver import applies
 
 project = "darboux"
 author = "The darboux developers"
@@ -62,15 +69,23 @@ html_copy_source = False
 html_show_sphinx = False
 
 
+# From what asks least of a system to what asks most: the first that a method moves names its row.
+KINDS = {
+    "any": VectorField(lambda z: z),
+    "Hamiltonian": Hamiltonian(lambda q, p: q[..., 0] * p[..., 0]),
+    "separable": Separable(lambda q: q[..., 0], lambda p: p[..., 0]),
+    "separable, quadratic": Separable(lambda q: q[..., 0]),
+    "constrained": Constrained(Separable(lambda q: q[..., 0]), lambda q: q[..., :1]),
+}
+
+
 class MethodsTable(SphinxDirective):
     """The table of integrators, read from the package so that it cannot go stale."""
 
     def run(self) -> list[nodes.Node]:
         lines = ["| name | order | symplectic | symmetric | moves | source |", "|---" * 6 + "|"]
         for method in METHODS.values():
-            moves = "any"
-            if isinstance(method, Splitting):
-                moves = "separable, quadratic" if method.rkn else "separable"
+            moves = next(kind for kind, system in KINDS.items() if applies(method, system))
             marks = ("yes" if x else "" for x in (method.symplectic, method.symmetric))
             row = (f"`{method.name}`", str(method.order), *marks, moves, method.source)
             lines.append("| " + " | ".join(row) + " |")

@@ -73,11 +73,15 @@ def load_pyvista() -> Any:
     return pyvista
 
 
-def new_plotter() -> Any:
+def new_plotter(shape: tuple[int, int] = (1, 1), *, smooth: bool = True) -> Any:
+    """Return a white window; a chart misplaces itself in a smooth one, which is drawn larger."""
     pv = load_pyvista()
-    plotter = pv.Plotter(off_screen=True if _window() else None, window_size=[1400, 1000])
+    plotter = pv.Plotter(
+        off_screen=True if _window() else None, window_size=[1400, 1000], shape=shape, border=False
+    )
     plotter.set_background("white")
-    plotter.enable_anti_aliasing("ssaa")
+    if smooth:
+        plotter.enable_anti_aliasing("ssaa")
     return plotter
 
 

@@ -8,17 +8,20 @@ OpenGL library, without which VTK kills the process; then ``RuntimeError`` is ra
 of :func:`curves` and the names of :func:`orbits` appear in PNG only, all else in HTML too.
 """
 
+from darboux._plot_chart import audit, section
 from darboux._plot_plane import filmstrip, latent
 from darboux._plot_scene import save, show
 from darboux._plot_space import curves, geodesics, orbits, surface, vectors
 
 __all__ = [
+    "audit",
     "curves",
     "filmstrip",
     "geodesics",
     "latent",
     "orbits",
     "save",
+    "section",
     "show",
     "surface",
     "vectors",
