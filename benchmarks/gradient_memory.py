@@ -81,7 +81,7 @@ def resident_growth(batch: int, steps: int) -> float:
     """Return by how many MB the peak of resident memory grows in one gradient (Linux)."""
     code = (
         "import gradient_memory as g\n"
-        f"warm, run = (g.contenders({batch}, n)['reversible'] for n in (20, {steps}))\n"
+        f"warm, run = (g.contenders({batch}, n)['reversible'] for n in (100, {steps}))\n"
         "warm()\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"
         "read = lambda key: next(int(x.split()[1]) for x in open('/proc/self/status')"
@@ -127,8 +127,8 @@ def main() -> int:
         header = ("gradient", "us/step", "times slower", "peak MB", "times less", "difference")
         print(timing.table(header, rows))
     if options.long:
-        short, long = (resident_growth(1000, n) for n in (100, options.long))
-        print(f"\nresident memory, batch 1000: {short:.2f} MB for 100 steps, {long:.2f} MB for")
+        short, long = (resident_growth(5000, n) for n in (100, options.long))
+        print(f"\nresident memory, batch 5000: {short:.2f} MB for 100 steps, {long:.2f} MB for")
         print(f"{options.long:,} steps, {long / short:.2f} times as much")
         met = met and long <= GROWTH * short
     print(

@@ -16,10 +16,10 @@ centre; memory is what the run adds to the process at its peak.
 
 import argparse
 import math
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timing
@@ -361,9 +361,15 @@ def print_growth(who: str, batch: int, steps: int) -> None:
     for small in (gradient_call(who, 8, 2), gradient_call(who, batch, 2)):
         small()
     run = gradient_call(who, batch, steps)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak_memory() - before)
+
+
+def peak_memory() -> float:
+    """Return the peak of this process in megabytes; ``getrusage`` counts its parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return float(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def gradient_table(absent: list[str], repeat: int) -> bool:
