@@ -425,15 +425,24 @@ class Manifold(nn.Module, ABC):
 
     def _converged(self, method: str, connection: Connection) -> Connection:
         if _checks.checks_values():
-            ok = _checks.values(connection.converged)
-            if not ok.all():
-                residual = float(
-                    _checks.values(connection.residual).nan_to_num(nan=torch.inf).max()
-                )
+            failed = ~_checks.values(connection.converged)
+            if failed.any():
+                residuals = _checks.values(connection.residual)[failed]
+                residual = float(residuals.nan_to_num(nan=torch.inf).max())
+                if residual <= torch.finfo(residuals.dtype).eps ** 0.5:
+                    reason = (
+                        "a curve solves the equation at the nodes (largest residual "
+                        f"{residual:.1e}), but it leaves the chart, or bends too sharply between "
+                        "them to be trusted"
+                    )
+                else:
+                    reason = (
+                        f"the equation is not solved (largest residual {residual:.1e}); the "
+                        "points may be too far apart or separated by the edge of the chart"
+                    )
                 raise ConvergenceError(
-                    f"{self.name}.{method}: no geodesic found for {ok.numel() - int(ok.sum())} of "
-                    f"{ok.numel()} pairs (largest residual {residual:.1e}); they may be too far "
-                    "apart or separated by the edge of the chart. connect() reports pair by pair",
+                    f"{self.name}.{method}: no geodesic found for {int(failed.sum())} of "
+                    f"{failed.numel()} pairs: {reason}. connect() reports pair by pair",
                     residual,
                 )
         return connection

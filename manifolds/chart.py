@@ -9,8 +9,9 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from darboux.manifolds.linalg import dot, is_positive, matvec, solve, solve_vect
 
 # Steps in one piece of compiled code: more cost more to compile than they save.
 _CHUNK = 2
+# How many points of a metric are looked at to see how short curves around a period may be, and
+# how much shorter than the sample says they are taken to be.
+_SAMPLE, _MARGIN = 128, 2.0
 
 
 class Chart(Manifold):
@@ -296,6 +300,7 @@ class Chart(Manifold):
 
     def _connect(self, x: Point, y: Point) -> Connection:
         self._needs_positive("connect")
+        self._check_periods("connect", y)
         with self._graph_if_wanted(x, y):
             y = self._nearest_image(x, y)
             solve = partial(boundary.connect, self._boundary_problem())
@@ -307,7 +312,7 @@ class Chart(Manifold):
                 ~curve.index_free,
                 curve.unique,
             )
-            for other, worthwhile in self._other_images(x, y):
+            for other, worthwhile in self._other_images(x, y, best):
                 worthwhile = worthwhile | ~best.converged | best.conjugate
                 if not values(worthwhile).any():
                     continue
@@ -337,6 +342,25 @@ class Chart(Manifold):
             (take | best.unique) & ~equal,
         )
 
+    def _check_periods(self, method: str, y: Point) -> None:
+        if self.periods is None:
+            return
+        period = torch.tensor(self.periods, dtype=y.dtype, device=y.device)
+
+        def holds() -> Tensor:
+            g, turned = self.metric(y), self.metric(y + period.nan_to_num(posinf=0.0))
+            # sqrt(eps) leaves room for the rounding of y + period in a steep metric
+            tol = torch.finfo(y.dtype).eps ** 0.5 * g.abs().amax((-1, -2))
+            return (turned - g).abs().amax((-1, -2)) <= tol
+
+        _checks.check_that(
+            f"{self.name}.{method}",
+            holds,
+            f"the metric differs after one turn of the coordinates with periods {self.periods}; "
+            "expected a metric with these periods, or periods=None",
+            GeometryError,
+        )
+
     def _nearest_image(self, x: Point, y: Point) -> Point:
         if self.periods is None:
             return y
@@ -344,22 +368,56 @@ class Chart(Manifold):
         turns = torch.round((y - x).detach() / period)
         return y - torch.where(period.isinf(), 0.0, turns * period.nan_to_num(posinf=0.0))
 
-    def _other_images(self, x: Point, y: Point) -> Iterator[tuple[Point, Tensor]]:
+    def _other_images(self, x: Point, y: Point, best: Connection) -> Iterator[tuple[Point, Tensor]]:
         """Yield copies of ``y`` one turn the other way round, and where they may be nearer."""
         turning = [i for i, p in enumerate(self.periods or ()) if not math.isinf(p)]
+        if not turning:
+            return
         gap = (y - x).detach()
+        period = torch.tensor(self.periods, dtype=y.dtype, device=y.device)
+        # the turn that leads across x, and how far y is then
+        turn = torch.where(gap >= 0, -period, period).nan_to_num(posinf=0.0, neginf=0.0)
+        if self.trusted:
+            nearer = gap.abs() > period / 4
+        else:  # the long way round may be the short one
+            reach = self._reach(x, best.velocity)
+            nearer = ((gap + turn).abs() <= reach) | ~best.converged.unsqueeze(-1)
         for which in itertools.product((False, True), repeat=len(turning)):
-            if not any(which):
-                continue
-            shift, worthwhile = torch.zeros_like(y), torch.ones_like(gap[..., 0], dtype=torch.bool)
-            for i in itertools.compress(turning, which):
-                period = self.periods[i]  # pyright: ignore[reportOptionalSubscript]
-                turn = torch.zeros(self.dim, dtype=y.dtype, device=y.device)
-                turn[i] = period
-                shift = shift - torch.where(gap[..., i : i + 1] >= 0, 1.0, -1.0).to(y) * turn
-                if self.trusted:  # elsewhere the long way round may be the short one
-                    worthwhile = worthwhile & (gap[..., i].abs() > period / 4)
-            yield y + shift, worthwhile
+            if any(which):
+                chosen = torch.zeros(self.dim, dtype=torch.bool, device=y.device)
+                chosen[turning] = torch.tensor(which, device=y.device)
+                yield y + torch.where(chosen, turn, 0.0), (nearer | ~chosen).all(-1)
+
+    def _reach(self, x: Point, v: Tangent) -> Tensor:
+        r"""Bound how far a curve from ``x`` no longer than ``v`` can get in each coordinate.
+
+        Along any curve :math:`|dx^i| \le \sqrt{g^{ii}}\,ds` (Cauchy-Schwarz), so it gets no
+        farther than its length times the largest :math:`\sqrt{g^{ii}}` on its way. That is taken
+        from a sample of all it can meet: a whole turn of the coordinates that have a period, and
+        of the others a box that the bound itself shows it cannot leave; infinite where it does
+        not. The sample is allowed to miss the largest value by the factor ``_MARGIN``; what is
+        narrower than that would escape the solver too, which starts from 16 points.
+        """
+        assert self.periods is not None
+        with torch.no_grad():
+            x, v = x.detach(), v.detach()
+            allowed = _MARGIN * self._inner(x, v, v).sqrt().unsqueeze(-1)
+            period = torch.tensor(self.periods, dtype=x.dtype, device=x.device)
+            open_ = period.isinf()
+            box = torch.where(open_, _MARGIN * allowed * self._rate(x), period / 2)
+            sample = torch.as_tensor(_sample(self.dim)).to(x)
+            z = x + sample.reshape(-1, *[1] * (x.dim() - 1), self.dim) * box
+            rate = torch.where(self._inside(z).unsqueeze(-1), self._rate(z), 0.0).amax(0)
+            reach = (allowed * rate).nan_to_num(nan=torch.inf)
+            stays = (~open_ | (reach <= box)).all(-1, keepdim=True)
+            return torch.where(stays, reach, torch.inf)
+
+    def _rate(self, x: Point) -> Tensor:
+        # sqrt(g^ii), the largest rate of each coordinate along a curve of unit speed
+        forms = torch.eye(self.dim, dtype=x.dtype, device=x.device)
+        forms = forms.expand(*x.shape, self.dim)
+        raised = self._sharp(x.unsqueeze(-2).expand_as(forms), forms)
+        return raised.diagonal(dim1=-2, dim2=-1).sqrt()
 
     def _converged(self, method: str, connection: Connection) -> Connection:
         connection = super()._converged(method, connection)
@@ -435,6 +493,16 @@ class Chart(Manifold):
         if any(t.requires_grad for t in inputs) or self.metric(inputs[0]).requires_grad:
             return contextlib.nullcontext()
         return torch.no_grad()
+
+
+@lru_cache
+def _sample(d: int) -> np.ndarray:
+    """Spread points evenly in the cube [-1, 1]^d: the Kronecker sequence of Roberts (2018)."""
+    golden = 2.0  # the root of z^(d + 1) = z + 1
+    for _ in range(64):
+        golden = (1 + golden) ** (1 / (d + 1))
+    steps = golden ** -np.arange(1.0, d + 1)
+    return 2 * (np.arange(_SAMPLE)[:, None] * steps % 1) - 1
 
 
 def _turns_slowly(omega: Tensor) -> bool:

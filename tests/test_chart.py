@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, vmap
 
 from darboux import ConvergenceError, GeometryError
-from darboux.manifolds import Chart, TorusOfRevolution
+from darboux.manifolds import Chart, Conformal, TorusOfRevolution
 
 F64 = torch.float64
 
@@ -114,6 +114,23 @@ def test_sphere_conjugate_point_is_reported():
         if angle > math.pi:
             with pytest.raises(GeometryError, match="RoundSphere.dist: .*conjugate point"):
                 sphere.dist(x, y)
+
+
+def test_conjugate_points_do_not_depend_on_the_coordinates():
+    """The index form is symmetric only when measured with the metric."""
+    linear = torch.tensor([[1.0, 0.9], [0.0, 0.05]], dtype=F64)
+
+    class Sheared(RoundSphere):
+        def metric(self, x: Tensor) -> Tensor:
+            return linear.mT @ super().metric(x @ linear.mT) @ linear
+
+    angles = torch.tensor([2.0, 3.0, 3.3], dtype=F64)
+    ends = torch.tan((angles - math.pi / 2) / 2)[:, None] * torch.tensor([0.6, 0.8], dtype=F64)
+    start = -torch.tensor([0.6, 0.8], dtype=F64)  # opposite, on the equator
+    inverse = torch.linalg.inv(linear)
+    report = Sheared(2).connect((start @ inverse.mT).expand(3, -1), ends @ inverse.mT)
+    assert report.converged.tolist() == [True, True, True]
+    assert report.conjugate.tolist() == [False, False, True]
 
 
 def test_log_leaves_a_geodesic_that_does_not_minimise():
@@ -289,6 +306,54 @@ def test_the_long_way_round_may_be_the_short_one():
     x, y = torch.zeros(1, dtype=F64), torch.tensor([1.4], dtype=F64)
     expected = length_by_quadrature(hill, 1.4 - turn, 0.0)
     assert float(circle.dist(x, y)) == pytest.approx(expected, abs=1e-8)
+
+
+def test_the_shorter_arc_of_a_circle():
+    """Arcs are left out unseen only where they cannot be the shorter ones."""
+    turn = 2 * math.pi
+
+    def waves(x: Tensor) -> Tensor:
+        return torch.exp(torch.sin(x[..., 0]) + 0.5 * torch.cos(3 * x[..., 0]))
+
+    circle = Stretched(1, waves, periods=[turn])
+    x = torch.linspace(0, turn, 9, dtype=F64)[:-1, None]
+    gap = torch.tensor([0.3, 1.0, 2.0, 3.0, 3.3], dtype=F64)[:, None, None]
+    around = length_by_quadrature(waves, 0.0, turn)
+    arcs = [[length_by_quadrature(waves, float(a), float(a + s)) for a in x] for s in gap]
+    expected = torch.tensor([[min(one, around - one) for one in row] for row in arcs], dtype=F64)
+    torch.testing.assert_close(circle.dist(x, x + gap), expected, atol=1e-8, rtol=0)
+    x = x.expand(len(gap), -1, -1)
+    seen = circle._reach(x, circle.log(x, x + gap)) >= turn - gap
+    assert not bool(seen[0].any())  # near pairs cost one solve
+    assert bool(seen[3].all())
+
+
+def test_curves_stay_within_reach():
+    turn = 2 * math.pi
+
+    def waves(x: Tensor) -> Tensor:
+        return torch.exp(torch.sin(x[..., 0]) + torch.cos(x[..., 1] - 2 * x[..., 0]) / 2)
+
+    g = torch.Generator().manual_seed(0)
+    for periods in ([turn, turn], [turn, math.inf]):
+        space = Stretched(2, waves, periods=periods)
+        x, v = torch.randn(2, 12, 2, dtype=F64, generator=g)
+        reach = space._reach(x, v)
+        path = space.geodesic(x, v, torch.linspace(0, 1, 9, dtype=F64))
+        assert bool(((path - x).abs() <= reach).all())
+        assert bool(reach.isfinite().any())
+
+
+def test_a_metric_without_the_periods_it_claims():
+    def tilt(x: Tensor) -> Tensor:
+        return 0.1 * x[..., 1].square()
+
+    x = torch.tensor([0.3, 0.2], dtype=F64)
+    claimed = Conformal(TorusOfRevolution(), tilt)  # takes the periods of the torus
+    with pytest.raises(GeometryError, match="Conformal.connect: .* differs after one turn"):
+        claimed.log(x, x + 0.1)
+    strip = Conformal(TorusOfRevolution(), tilt, periods=None)
+    torch.testing.assert_close(strip.exp(x, strip.log(x, x + 0.1)), x + 0.1, atol=1e-9, rtol=0)
 
 
 def test_narrow_features_are_not_stepped_over():
@@ -502,8 +567,19 @@ class TestDoor:
 
         a, b = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.0])
         assert not bool(Ring(2).connect(a, b).converged)
-        with pytest.raises(ConvergenceError, match="no geodesic found for 1 of 1 pairs"):
+        with pytest.raises(ConvergenceError, match="1 of 1 pairs: a curve .* leaves the chart"):
             Ring(2).log(a, b)
+
+    @pytest.mark.parametrize(
+        ("width", "message"), [(0.1, "bends too sharply"), (0.02, "the equation is not solved")]
+    )
+    def test_unresolved(self, width, message):
+        def ridge(x: Tensor) -> Tensor:
+            return 1 + 25 * torch.exp(-(((x[..., 0] - 0.5) / width) ** 2))
+
+        x, y = torch.tensor([[0.0], [1.0]], dtype=F64)
+        with pytest.raises(ConvergenceError, match=f"1 of 1 pairs: .*{message}"):
+            Stretched(1, ridge).log(x, y)
 
     def test_options(self):
         with pytest.raises(ValueError, match="needs a number of steps"):

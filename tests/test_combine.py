@@ -119,8 +119,7 @@ def test_tensors_equal_those_differentiated_from_the_metric(name):
     close(space.norm(x, z), bare.norm(x, z), 1e-12)
 
 
-# without those that are tried with several images in a periodic coordinate: slow
-@pytest.mark.parametrize("name", sorted(set(SPACES) - {"conformal_surface", "product"}))
+@pytest.mark.parametrize("name", SPACES)
 def test_exp_inverts_log(name):
     space = SPACES[name]()
     x = (
