@@ -106,7 +106,8 @@ def integrate(
     steps of a splitting or a symmetric method backward. Retracing a chaotic orbit fails, with a
     warning or an error, unless ``lattice=True`` puts the states on an integer lattice, on which a
     splitting is undone to the last bit; a number or a pair gives the spacing of ``q`` and ``p``,
-    a power of two.
+    a power of two. A second call runs back over the same bits if both are given one spacing, of at
+    least an ulp of the largest coordinate, say ``lattice=2.0**-48``.
 
     ``save_to`` is a folder to write the states to, as :func:`load_trajectory` reads them; the
     result is a view of its files. A run that was interrupted goes on when called again alike. It
