@@ -88,18 +88,18 @@ def main(output: str | Path = "output", quick: bool = False) -> Result:
         counts[name] = len(found.t)
         off, worst = max(off, float(found.q[:, 0].abs().max())), max(worst, float(error))
         print(f"H = {name:<6}{counts[name]:8,} points, energy error {float(error):.1e}")
-        files.append(draw(name, found, orbits, output))
+        files += draw(name, found, orbits, output)
     print(f"\nNo point is farther than {off:.1e} from the section")
     return Result(counts, off, worst, files)
 
 
-def draw(name: str, found: dx.integrators.Crossings, orbits: int, output: Path) -> Path:
+def draw(name: str, found: dx.integrators.Crossings, orbits: int, output: Path) -> list[Path]:
     """Draw the section at one energy, an orbit in a colour."""
     plane = torch.stack([found.q[:, 1], found.p[:, 1]], -1)
     plotter = dx.plotting.section(
         [plane[found.copy == i] for i in range(orbits)], axes=("y", "p_y"), title=f"H = {name}"
     )
-    return dx.plotting.save(plotter, output / f"henon_heiles_{name.replace('/', '_')}.png")
+    return [dx.plotting.save(plotter, output / f"henon_heiles_{name.replace('/', '_')}.png")]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def _can_draw() -> bool:
 def example(monkeypatch):
     """Import an example as its neighbours do; where nothing can be drawn, let it draw nothing."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("torus_geodesics", "digits_latent", "outer_solar_system", "main_job")
+    names = ("torus_geodesics", "digits_latent", "outer_solar_system", "henon_heiles", "main_job")
 
     def load(name):
         module = importlib.import_module(name)
@@ -82,6 +82,14 @@ def test_digits_latent(example, tmp_path):
         assert pair.miss < 1e-4
     assert result.misfit < 0.25
     check_files(result.files, {"latent.png", "latent.html", "filmstrip.png"})
+
+
+def test_henon_heiles(example, tmp_path):
+    result = example("henon_heiles").main(tmp_path, quick=True)
+    assert min(result.points.values()) > 100
+    assert result.off_section < 1e-15
+    assert result.energy_error < 1e-9
+    check_files(result.files, {f"henon_heiles_1_{n}.png" for n in (12, 8, 6)})
 
 
 def test_main_job_lists_what_it_wrote(example, tmp_path, capsys, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from darboux import _plot_scene, plotting
+from darboux.integrators import audit, catalogue
 
 
 def _can_draw():
@@ -318,6 +319,40 @@ def test_orbits_end_in_balls_with_names(tmp_path):
     np.testing.assert_allclose(balls.mean(1), points[-1], atol=0.01)
     np.testing.assert_allclose(np.ptp(balls[0][:, 2]), 0.4, rtol=1e-4)
     assert picture(plotter, tmp_path / "orbits.png").std() > 5
+
+
+@needs_gl
+def test_an_audit_is_four_charts_of_what_was_measured(tmp_path):
+    system, methods = catalogue.oscillator(), ["rk4", "leapfrog", "gauss4"]
+    q, p = torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
+    report = audit.report(system, q, p, dt=0.2, steps=50, methods=methods)
+    plotter = plotting.audit(report)
+    energy, order, work, defects = (r._charts._charts[0] for r in plotter.renderers)
+    assert [len(list(chart.plots())) for chart in (energy, order, work)] == [3, 3, 3]
+    assert len(list(defects.plots())) == 6
+    for row, line in zip(report.rows, energy.plots("line"), strict=True):
+        np.testing.assert_allclose(line.y, np.maximum(row.energy_errors, 1e-17))
+    assert [line.label for line in work.plots("line")] == methods
+    file = plotting.save(plotter, tmp_path / "audit.png")
+    assert file.stat().st_size > 20_000
+
+
+@needs_gl
+def test_a_section_has_the_points_of_every_orbit():
+    orbits = [torch.rand(n, 2, dtype=torch.float64) for n in (5, 0, 3)]
+    plotter = plotting.section(orbits, axes=("y", "p_y"))
+    chart = plotter.renderer._charts._charts[0]
+    seen = [np.stack([plot.x, plot.y], -1) for plot in chart.plots("scatter")]
+    for found, orbit in zip(seen, (orbits[0], orbits[2]), strict=True):
+        np.testing.assert_allclose(found, orbit.numpy())
+    assert (chart.x_label, chart.y_label) == ("y", "p_y")
+
+
+def test_charts_refuse_nothing_to_draw():
+    with pytest.raises(ValueError, match="report has no rows"):
+        plotting.audit(audit.Report(()))
+    with pytest.raises(ValueError, match="no orbits"):
+        plotting.section([])
 
 
 @needs_gl
