@@ -1,9 +1,10 @@
-"""Invariants over long runs: ``python benchmarks/long_run.py [torus | henon_heiles | kepler]``.
+"""Long runs: ``python benchmarks/long_run.py [torus | henon_heiles | kepler | lattice]``.
 
 ``torus``: energy and Clairaut's constant of geodesics by Gauss 6 over 100,000 steps, a few
 minutes. ``henon_heiles``: energy of orbits at E = 1/8, most of them chaotic, by Gauss 6 over a
 million steps of 0.1, half an hour. ``kepler``: energy and angular momentum of an orbit of
 eccentricity 0.6 over 100,000 turns by compiled splittings, a minute; and how their round-off grows.
+``lattice``: a million chaotic steps and back, eight minutes.
 
 Prints the largest relative deviations, quarter by quarter (a drift would grow from one to the
 next), and the fitted drift over the whole run with its significance.
@@ -36,13 +37,38 @@ def torus(steps: int = 100_000) -> None:
     show("Clairaut", run.p[..., 1])
 
 
-def henon_heiles(steps: int = 1_000_000) -> None:
+def stars(energy: float, count: int, size: float) -> tuple[dx.Separable, Tensor, Tensor]:
+    """Return the Henon-Heiles system and states of one energy."""
     system = catalogue.henon_heiles()
     g = torch.Generator().manual_seed(0)
-    q = 0.6 * torch.rand(8, 2, dtype=torch.float64, generator=g) - 0.3
-    p = torch.randn(8, 2, dtype=torch.float64, generator=g)
-    rest = 1 / 8 - system.energy(q, torch.zeros_like(q))
-    p = p * (2 * rest).sqrt()[:, None] / p.norm(dim=-1, keepdim=True)
+    q = 2 * size * torch.rand(count, 2, dtype=torch.float64, generator=g) - size
+    p = torch.randn(count, 2, dtype=torch.float64, generator=g)
+    rest = energy - system.energy(q, torch.zeros_like(q))
+    return system, q, p * (2 * rest).sqrt()[:, None] / p.norm(dim=-1, keepdim=True)
+
+
+def lattice(steps: int = 1_000_000) -> None:
+    system, q, p = stars(0.15, 32, 0.15)
+    still = dx.integrate(system, q, p, dt=0.05, steps=0, method="leapfrog", lattice=2.0**-50)
+    end = still
+    for dt in (0.05, -0.05):
+        end = dx.integrate(
+            system,
+            end.q[-1],
+            end.p[-1],
+            dt=dt,
+            steps=steps,
+            save_every=steps,
+            method="leapfrog",
+            lattice=2.0**-50,
+            progress=True,
+        )
+    same = torch.equal(end.q[-1], still.q[0]) and torch.equal(end.p[-1], still.p[0])
+    print(f"{steps:,} steps and back: {'identical bits' if same else 'NOT the same bits'}")
+
+
+def henon_heiles(steps: int = 1_000_000) -> None:
+    system, q, p = stars(1 / 8, 8, 0.3)
     run = dx.integrate(
         system, q, p, dt=0.1, steps=steps, method="gauss6", save_every=100, progress=True
     )
@@ -117,5 +143,5 @@ def show_drift(system: dx.integrators.System, run: dx.Trajectory) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    runs = {"torus": torus, "henon_heiles": henon_heiles, "kepler": kepler}
+    runs = {"torus": torus, "henon_heiles": henon_heiles, "kepler": kepler, "lattice": lattice}
     runs[sys.argv[1] if len(sys.argv) > 1 else "torus"]()
