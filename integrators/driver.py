@@ -137,6 +137,11 @@ def integrate(
         )
     if compensated and isinstance(method, Splitting):
         method = dataclasses.replace(method, compensated=True)
+    elif compensated and method.explicit:
+        raise ValueError(
+            f"{where}: {method.name} does not compensate its sums, expected a splitting or an "
+            "implicit method, or compensated=False"
+        )
     method.check(system)
     q, p = system.lift(q, p, t0)
     if lattice is not False:

@@ -280,3 +280,11 @@ def test_a_batch_converges_as_its_members_do():
         alone = method.step(COUPLED, q[i] * size[i], p[i] * size[i], 0.02)
         for a, b in zip(together, alone, strict=True):
             assert ((a[i] - b).abs() <= 4e-16 * (1e-3 + float(b.abs().max()))).all()
+
+
+def test_sums_are_compensated_where_that_was_built_and_nowhere_else():
+    q, p = start(2)
+    with pytest.raises(ValueError, match="rk4 does not compensate its sums"):
+        integrate(OSCILLATOR, q, p, dt=0.1, steps=1, method="rk4", compensated=True)
+    for name in ("leapfrog", "gauss4"):
+        integrate(OSCILLATOR, q, p, dt=0.1, steps=1, method=name, compensated=True)
