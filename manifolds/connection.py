@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from darboux._autodiff import directional, jacobian, pullback
+from darboux._autodiff import directional, jacobian, pullback, push_pull
 from darboux._checks import in_transform
 from darboux.manifolds.linalg import matvec, outer, solve, solve_vector
 
@@ -30,7 +30,7 @@ def metric_derivative(metric: Metric, x: Tensor) -> tuple[Tensor, Tensor]:
     d = x.shape[-1]
     if d > _REVERSE_UP_TO or in_transform():
         return jacobian(metric, x)
-    # One reverse pass over the d (d + 1)/2 entries costs less than the overhead of jvp.
+    # One reverse pass over the d (d + 1)/2 entries costs less than d derivatives.
     entries, position = _entries(d, x.dtype, x.device)
     copies = x.expand(len(entries), *x.shape)
     entries = entries.reshape(-1, *[1] * (x.dim() - 1), d, d)
@@ -63,16 +63,14 @@ def acceleration(metric: Metric, x: Tensor, v: Tensor, positive: bool = True) ->
 
     .. math:: -g^{-1}\bigl(D_v g\, v - \tfrac12 \nabla_x (v^T g(x)\, v)\bigr)
     """
-    g, dg_v = directional(metric, x, v)
-    _, half_grad = pullback(metric, x, lambda _: outer(v, 0.5 * v))
+    g, dg_v, half_grad = push_pull(metric, x, v, outer(v, 0.5 * v))
     return solve_vector(g, half_grad - matvec(dg_v, v), positive)
 
 
 def lowered(metric: Metric, x: Tensor, u: Tensor, w: Tensor) -> Tensor:
     r"""Return :math:`\Gamma_{l,ij} u^i w^j` as a covector ``(..., l)``."""
     _, dg_u = directional(metric, x, u)
-    _, dg_w = directional(metric, x, w)
-    _, grad = pullback(metric, x, lambda _: 0.5 * (outer(u, w) + outer(w, u)))
+    _, dg_w, grad = push_pull(metric, x, w, 0.5 * (outer(u, w) + outer(w, u)))
     return 0.5 * (matvec(dg_u, w) + matvec(dg_w, u) - grad)
 
 

@@ -8,7 +8,7 @@ positive curvature. do Carmo (1992), ch. 4, up to his opposite sign of R.
 import torch
 from torch import Tensor
 
-from darboux._autodiff import jet, pullback
+from darboux._autodiff import jet, pullback, second
 from darboux.manifolds.connection import Metric, first_kind
 from darboux.manifolds.linalg import matvec, outer, solve, solve_vector
 
@@ -54,10 +54,8 @@ def sectional(metric: Metric, x: Tensor, u: Tensor, v: Tensor, positive: bool = 
     a, b = torch.stack([u, v, u]), torch.stack([u, v, v])
     xs = x.expand(3, *x.shape).contiguous()
 
-    def along_b(z: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(metric, (z,), (b,))
-
-    (gs, dg_b), (dg_a, d2g) = torch.func.jvp(along_b, (xs,), (a,))
+    gs, dg_b, d2g = second(metric, xs, b, a)
+    dg_a = dg_b[[0, 1, 0]]  # the first of each pair: u, v, u
     _, grad = pullback(metric, xs, lambda _: 0.5 * (outer(a, b) + outer(b, a)))
     low = 0.5 * (matvec(dg_a, b) + matvec(dg_b, a) - grad)
     high = solve_vector(gs, low, positive)
@@ -66,7 +64,7 @@ def sectional(metric: Metric, x: Tensor, u: Tensor, v: Tensor, positive: bool = 
     def form(m: Tensor, s: Tensor, t: Tensor) -> Tensor:
         return (s * matvec(m, t)).sum(-1)
 
-    second = form(d2g[0], v, v) + form(d2g[1], u, u) - 2 * form(d2g[2], u, v)
+    bend = form(d2g[0], v, v) + form(d2g[1], u, u) - 2 * form(d2g[2], u, v)
     area = form(g, u, u) * form(g, v, v) - form(g, u, v).square()
     gammas = (low[2] * high[2]).sum(-1) - (low[0] * high[1]).sum(-1)
-    return (gammas - 0.5 * second) / area
+    return (gammas - 0.5 * bend) / area

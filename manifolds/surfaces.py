@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darboux import _checks
+from darboux import _autodiff, _checks
 from darboux._typing import Covector, Point, Scalar, Tangent
 from darboux.manifolds import _constants
 from darboux.manifolds._constants import Constant, plain_number
@@ -104,9 +104,9 @@ class RotationSurface(Surface):
 
 def _rates(f: Callable[[Scalar], tuple[Scalar, ...]], u: Scalar) -> Any:
     # the values of f and their derivatives, one number after the other
-    if u.dim() == 0:  # forward mode promotes float32 scalars to float64
-        return tuple(tuple(z[0] for z in part) for part in _rates(f, u[None]))
-    return torch.func.jvp(f, (u.contiguous(),), (torch.ones_like(u),))
+    along = torch.ones_like(u)[..., None]
+    y, dy = _autodiff.directional(lambda z: torch.stack(f(z[..., 0]), -1), u[..., None], along)
+    return y.unbind(-1), dy.unbind(-1)
 
 
 class SurfaceOfRevolution(RotationSurface):

@@ -30,15 +30,29 @@ def relativistic(p: Tensor) -> Tensor:
     return (1 + p.square().sum(-1)).sqrt() + 0.2 * torch.sin(p[..., 0] + p[..., 1])
 
 
+def relativistic_velocity(p: Tensor) -> Tensor:
+    """Return the gradient of :func:`relativistic`."""
+    slant = 0.2 * torch.cos(p[..., 0] + p[..., 1])
+    return p / (1 + p.square().sum(-1, keepdim=True)).sqrt() + slant[..., None]
+
+
 def coupled(q: Tensor, p: Tensor) -> Tensor:
     """Return an energy that does not separate."""
     kinetic = (1 + q.square().sum(-1)) * p.square().sum(-1) / 2
     return kinetic + q[..., 0] * p[..., 1] - torch.cos(q).sum(-1)
 
 
+def coupled_field(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Hamilton's equations of :func:`coupled`."""
+    zero = torch.zeros_like(q[..., 0])
+    velocity = (1 + q.square().sum(-1, keepdim=True)) * p + torch.stack([zero, q[..., 0]], -1)
+    shear = torch.stack([p[..., 1], zero], -1)
+    return velocity, -(q * p.square().sum(-1, keepdim=True) + shear + torch.sin(q))
+
+
 QUADRATIC = Separable(rocking, force=rocking_force, mass=torch.tensor([1.0, 1.5], dtype=F64))
-GENERAL = Separable(rocking, relativistic)
-COUPLED = Hamiltonian(coupled)
+GENERAL = Separable(rocking, relativistic, force=rocking_force, velocity=relativistic_velocity)
+COUPLED = Hamiltonian(coupled, coupled_field)
 
 
 LEAST_SPECIAL_FIRST = (COUPLED, GENERAL, QUADRATIC)

@@ -1,8 +1,9 @@
 """Derivatives of batched functions, cheap in eager mode and right under every transform.
 
 A function here maps ``(..., d)`` to ``(..., *out)`` and treats leading dimensions alike, so
-the derivatives along ``d`` directions are one forward-mode pass over a batch ``d`` times as
-large: no vmap, no loop.
+the derivatives along ``d`` directions are one pass over a batch ``d`` times as large: no vmap,
+no loop. Inside ``torch.func`` that pass is forward mode; outside, plain autograd twice in
+reverse, whose overhead is several times smaller.
 """
 
 from collections.abc import Callable
@@ -17,14 +18,66 @@ Field = Callable[[Tensor], Tensor]
 
 
 def directional(f: Field, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``f(x)`` and its derivative along ``v``, by one forward-mode pass."""
+    """Return ``f(x)`` and its derivative along ``v``."""
     v = v.expand_as(x)
+    if not in_transform():
+        (y,), _, dy = _reversed(lambda z: (f(z),), x, v)
+        return y, dy
     if x.dim() == 1:
         # Forward mode promotes float32 scalars to float64: leave no tensor without dimensions.
         y, dy = directional(f, x[None], v[None])
         return y[0], dy[0]
     # Forward mode refuses tangents and primals that share memory with themselves.
     return _jvp(f, _own(x), _own(v))
+
+
+def second(f: Field, x: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``f(x)``, its derivative along ``v``, and that of the latter along ``w``."""
+    x, v, w = _own(x), _own(v), _own(w)
+    if in_transform():
+        (y, dy), (_, d2y) = _jvp(lambda z: _jvp(f, z, v), x, w)
+        return y, dy, d2y
+    (y, dy), _, d2y = _reversed(lambda z: directional(f, z, v), x, w)
+    return y, dy, d2y
+
+
+def push_pull(f: Field, x: Tensor, v: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``f(x)``, its derivative along ``v``, and its reverse derivative of ``cotangent``."""
+    if in_transform():
+        return *directional(f, x, v), pullback(f, x, lambda _: cotangent)[1]
+    (y,), back, dy = _reversed(lambda z: (f(z),), x, v.expand_as(x), cotangent)
+    return y, dy, back
+
+
+def _reversed(
+    f: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, v: Tensor, cotangent: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Return ``f(x)`` and, of its last part, ``J^T u`` of the cotangent ``u`` and ``J v``.
+
+    ``J^T u`` is linear in ``u``: its own reverse derivative, paired with ``v``, is ``J v``.
+    """
+    graph = torch.is_grad_enabled()
+    # Inference mode records nothing, so leave it for the passes that have to be recorded.
+    with torch.inference_mode(False), torch.enable_grad():
+        z = _leaf(x, graph)
+        parts = f(z)
+        y = parts[-1]
+        given = (x, v) if cotangent is None else (x, v, cotangent)
+        graph = graph and (
+            any(t.requires_grad for t in given) or any(_needs_grad_beyond(y, z) for y in parts)
+        )
+        if cotangent is None:
+            u = torch.zeros_like(y, requires_grad=True)
+        else:
+            u = _leaf(cotangent.expand_as(y), graph)
+        back = _vjp(y, z, u, True)
+        dy = _vjp(back, u, v.clone() if v.is_inference() else v, graph)
+    return (parts, back, dy) if graph else (tuple(y.detach() for y in parts), back.detach(), dy)
+
+
+def _leaf(x: Tensor, graph: bool) -> Tensor:
+    # Never x itself: f may hold x as a parameter too, and that is another derivative.
+    return x.view_as(x) if graph and x.requires_grad else x.clone().detach().requires_grad_()
 
 
 def _jvp(f: Callable[[Tensor], Any], x: Tensor, v: Tensor) -> tuple[Any, Any]:
@@ -59,13 +112,8 @@ def jet(f: Field, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d = x.shape[-1]
     i, j = torch.triu_indices(d, d, device=x.device)
     eye = torch.eye(d, dtype=x.dtype, device=x.device)
-    first, second = _basis(x, eye[i]), _basis(x, eye[j])
-
-    def along_first(z: Tensor) -> tuple[Tensor, Tensor]:
-        return _jvp(f, z, first)
-
-    copies = x.expand(i.numel(), *x.shape).contiguous()
-    (y, dy), (_, d2y) = _jvp(along_first, copies, second)
+    copies = x.expand(i.numel(), *x.shape)
+    y, dy, d2y = second(f, copies, _basis(x, eye[i]), _basis(x, eye[j]))
     position = torch.empty(d, d, dtype=torch.long, device=x.device)
     position[i, j] = position[j, i] = torch.arange(i.numel(), device=x.device)
     diagonal = position.diagonal()
@@ -84,13 +132,11 @@ def pullback(
     if in_transform():
         y, pull, *_ = torch.func.vjp(f, x)
         return y, pull(cotangent(y))[0]
-    # Inference mode records nothing, so leave it for the one pass that has to be recorded.
-    with torch.inference_mode(False):
-        graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            z = x if graph and x.requires_grad else x.clone().detach().requires_grad_()
-            y = f(z)
-        if graph and z is not x and not _needs_grad_beyond(y, z):
+    graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        z = _leaf(x, graph)
+        y = f(z)
+        if graph and not x.requires_grad and not _needs_grad_beyond(y, z):
             w = cotangent(y.detach())
             graph = w.requires_grad
         elif graph:
