@@ -59,7 +59,7 @@ def christoffel(metric: Metric, x: Tensor, positive: bool = True) -> Tensor:
 
 
 def acceleration(metric: Metric, x: Tensor, v: Tensor, positive: bool = True) -> Tensor:
-    r"""Return :math:`-\Gamma(v, v)`: one jvp and one vjp of g, memory O(batch d^2).
+    r"""Return :math:`-\Gamma(v, v)`: one g, two reverse passes, memory O(batch d^2).
 
     .. math:: -g^{-1}\bigl(D_v g\, v - \tfrac12 \nabla_x (v^T g(x)\, v)\bigr)
     """

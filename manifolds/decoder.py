@@ -2,7 +2,7 @@ r"""The metric of a decoder's latent space, and the uncertainty that keeps geode
 
 A decoder is any callable, or two. What ``_layers.py`` knows (``nn.Sequential``, ``nn.Linear``,
 tanh, sigmoid) and modules with a method ``push(jet)`` of their own are differentiated by hand, the
-rest by forward-mode autodiff.
+rest by autodiff.
 """
 
 import math

@@ -2,12 +2,11 @@
 
 A function here maps ``(..., d)`` to ``(..., *out)`` and treats leading dimensions alike, so
 the derivatives along ``d`` directions are one pass over a batch ``d`` times as large: no vmap,
-no loop. Inside ``torch.func`` that pass is forward mode; outside, plain autograd twice in
-reverse, whose overhead is several times smaller.
+no loop. That pass is two in reverse, ``J v`` being the derivative of ``J^T u`` in ``u``: with
+small tensors forward mode costs several times as much.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,43 +18,32 @@ Field = Callable[[Tensor], Tensor]
 
 def directional(f: Field, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``f(x)`` and its derivative along ``v``."""
-    v = v.expand_as(x)
-    if not in_transform():
-        (y,), _, dy = _reversed(lambda z: (f(z),), x, v)
-        return y, dy
-    if x.dim() == 1:
-        # Forward mode promotes float32 scalars to float64: leave no tensor without dimensions.
-        y, dy = directional(f, x[None], v[None])
-        return y[0], dy[0]
-    # Forward mode refuses tangents and primals that share memory with themselves.
-    return _jvp(f, _own(x), _own(v))
+    (y,), _, dy = _reversed(lambda z: (f(z),), x, v)
+    return y, dy
 
 
 def second(f: Field, x: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``f(x)``, its derivative along ``v``, and that of the latter along ``w``."""
-    x, v, w = _own(x), _own(v), _own(w)
-    if in_transform():
-        (y, dy), (_, d2y) = _jvp(lambda z: _jvp(f, z, v), x, w)
-        return y, dy, d2y
     (y, dy), _, d2y = _reversed(lambda z: directional(f, z, v), x, w)
     return y, dy, d2y
 
 
 def push_pull(f: Field, x: Tensor, v: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``f(x)``, its derivative along ``v``, and its reverse derivative of ``cotangent``."""
-    if in_transform():
-        return *directional(f, x, v), pullback(f, x, lambda _: cotangent)[1]
-    (y,), back, dy = _reversed(lambda z: (f(z),), x, v.expand_as(x), cotangent)
+    (y,), back, dy = _reversed(lambda z: (f(z),), x, v, cotangent)
     return y, dy, back
 
 
 def _reversed(
     f: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, v: Tensor, cotangent: Tensor | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Return ``f(x)`` and, of its last part, ``J^T u`` of the cotangent ``u`` and ``J v``.
-
-    ``J^T u`` is linear in ``u``: its own reverse derivative, paired with ``v``, is ``J v``.
-    """
+    """Return ``f(x)`` and, of its last part, ``J^T u`` of the cotangent ``u`` and ``J v``."""
+    v = v.expand_as(x)
+    if in_transform():
+        y, pull, *rest = torch.func.vjp(lambda z: _last_first(f(z)), x, has_aux=True)
+        u = torch.zeros_like(y) if cotangent is None else cotangent.expand_as(y)
+        back, push = torch.func.vjp(lambda u: pull(u)[0], u)[:2]
+        return (*rest[0], y), back, push(v)[0]
     graph = torch.is_grad_enabled()
     # Inference mode records nothing, so leave it for the passes that have to be recorded.
     with torch.inference_mode(False), torch.enable_grad():
@@ -75,18 +63,13 @@ def _reversed(
     return (parts, back, dy) if graph else (tuple(y.detach() for y in parts), back.detach(), dy)
 
 
+def _last_first(parts: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return parts[-1], parts[:-1]
+
+
 def _leaf(x: Tensor, graph: bool) -> Tensor:
     # Never x itself: f may hold x as a parameter too, and that is another derivative.
     return x.view_as(x) if graph and x.requires_grad else x.clone().detach().requires_grad_()
-
-
-def _jvp(f: Callable[[Tensor], Any], x: Tensor, v: Tensor) -> tuple[Any, Any]:
-    y, dy, *_ = torch.func.jvp(f, (x,), (v,))
-    return y, dy
-
-
-def _own(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format) if 0 in x.stride() else x.contiguous()
 
 
 def _basis(x: Tensor, rows: Tensor) -> Tensor:
