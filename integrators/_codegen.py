@@ -354,6 +354,17 @@ def trace(force: Function, velocity: Function, q: Tensor, p: Tensor, event: int)
     out.q_width, out.p_width = (math.prod(x.shape[x.dim() - event :]) for x in (q, p))
     out.force = _trace_one(out, force, q, "q", p, event)
     out.velocity = _trace_one(out, velocity, p, "p", q, event)
+    return _checked(out)
+
+
+def trace_field(field: Function, z: Tensor, event: int) -> Trace:
+    """Trace ``dz/dt = field(z)``: as the velocity, of inputs ``z``, of a state without force."""
+    out = Trace(Expressions(), [], [], [], [], 0, 0)
+    out.velocity = _trace_one(out, field, z, "z", z, event)
+    return _checked(out)
+
+
+def _checked(out: Trace) -> Trace:
     size = len(out.e.reachable([*out.force, *out.velocity]))
     if size > MOST_EXPRESSIONS:
         raise Unsupported(f"it has {size} scalar operations, more than {MOST_EXPRESSIONS}")
@@ -883,7 +894,7 @@ _LARGE = ("exp", "log", "log1p", "expm1", "sigmoid", "tanh", "sin", "cos")
 _MOST_INLINE = 24
 
 
-class _Printer:
+class Printer:
     # Statements for one group of `packs` packs of trajectories.
 
     def __init__(self, t: Trace, packs: int, inputs: dict[str, str]):
@@ -968,7 +979,7 @@ def forward_source(t: Trace, scalar: str, compensated: bool) -> str:
     groups = [_forward_group(t, n, compensated) for n in sorted({1, packs})]
     call = "(q, p, lost_q, lost_p, c, *plan, b, end)"
     signature = "T *q, T *p, T *lost_q, T *lost_p, const T *const *c, const Plan *plan"
-    return _library(scalar, groups, signature, call, packs)
+    return library(scalar, groups, signature, call, packs)
 
 
 def backward_source(t: Trace, scalar: str, slots: Sequence[int], rate: bool) -> str:
@@ -981,10 +992,10 @@ def backward_source(t: Trace, scalar: str, slots: Sequence[int], rate: bool) -> 
     groups = [_backward_group(backward, n) for n in sorted({1, packs})]
     call = "(q, p, qb, pb, bars, c, *plan, b, end)"
     signature = "T *q, T *p, T *qb, T *pb, double *bars, const T *const *c, const Plan *plan"
-    return _library(scalar, groups, signature, call, packs)
+    return library(scalar, groups, signature, call, packs)
 
 
-def _library(scalar: str, groups: list[str], signature: str, call: str, packs: int) -> str:
+def library(scalar: str, groups: list[str], signature: str, call: str, packs: int) -> str:
     calls = sum(text.count(f"= f_{f}(") for text in groups for f in _LARGE)
     many = "#define MANY_CALLS\n" if calls > _MOST_INLINE else ""
     main = f"  for (; b + {packs} * L <= end; b += {packs} * L) group{packs}{call};\n"
@@ -995,37 +1006,37 @@ def _library(scalar: str, groups: list[str], signature: str, call: str, packs: i
     )
 
 
-def _opening(t: Trace, printer: _Printer, roots: Sequence[int]) -> list[str]:
+def opening(t: Trace, printer: Printer, roots: Sequence[int]) -> list[str]:
     slots = sorted(t.slots(roots))
     lines = [f"const T *const c{s} = c[{s}];" for s in slots]
     # Trajectories of the last pack that do not exist repeat the last one.
     lines += [f"const long v{u} = end - b - {u} * L;" for u in range(printer.packs)]
     for name, width in (("q", t.q_width), ("p", t.p_width)):
-        lines += printer.each(f"V {name}{{k}}_{{u}} = {_access('load', name, width)};", width)
+        lines += printer.each(f"V {name}{{k}}_{{u}} = {access('load', name, width)};", width)
     printer.uniform(roots)
     return [*lines, *printer.lines]
 
 
-def _access(function: str, name: str, width: int, value: str = "") -> str:
+def access(function: str, name: str, width: int, value: str = "") -> str:
     return f"{function}({name} + (b + {{u}} * L) * {width} + {{k}}, {value}{width}, COUNT({{u}}))"
 
 
 _COUNT = "#define COUNT(u) (v##u < L ? v##u : L)\n"
 
 
-def _barrier(t: Trace, roots: Sequence[int]) -> list[str]:
+def barrier(t: Trace, roots: Sequence[int]) -> list[str]:
     used = sum(t.e.nodes[i][0] == "constant" for i in t.e.reachable(roots))
     return ["BARRIER;"] if used > _MOST_IN_REGISTERS else []
 
 
 def _forward_group(t: Trace, packs: int, compensated: bool) -> str:
-    printer = _Printer(t, packs, {"q": "q", "p": "p"})
+    printer = Printer(t, packs, {"q": "q", "p": "p"})
     roots = [*t.force, *t.velocity]
-    lines = _opening(t, printer, roots)
+    lines = opening(t, printer, roots)
     states = (("q", t.q_width), ("p", t.p_width))
     if compensated:
         for name, width in states:
-            load = _access("load", f"lost_{name}", width)
+            load = access("load", f"lost_{name}", width)
             lines += printer.each(f"V l{name}{{k}}_{{u}} = {load};", width)
 
     def move(name: str, outputs: list[int], column: int) -> list[str]:
@@ -1043,12 +1054,12 @@ def _forward_group(t: Trace, packs: int, compensated: bool) -> str:
     drift = move("q", t.velocity, 1)
     lines += ["const double *row = plan.rows;", "if (plan.head) {", *drift, "}"]
     lines += ["long left = plan.repeats;", "for (long i = 1; i < plan.count;) {"]
-    lines += [*_barrier(t, roots), "row = plan.rows + 4 * i;", *move("p", t.force, 0), *drift]
+    lines += [*barrier(t, roots), "row = plan.rows + 4 * i;", *move("p", t.force, 0), *drift]
     lines += ["if (++i == plan.end_mid && --left > 0) i = plan.mid;", "}"]
     for name, width in states:
-        lines += printer.each(f"{_access('store', name, width, f'{name}{{k}}_{{u}}, ')};", width)
+        lines += printer.each(f"{access('store', name, width, f'{name}{{k}}_{{u}}, ')};", width)
         if compensated:
-            out = _access("store", f"lost_{name}", width, f"l{name}{{k}}_{{u}}, ")
+            out = access("store", f"lost_{name}", width, f"l{name}{{k}}_{{u}}, ")
             lines += printer.each(f"{out};", width)
     head = (
         f"__attribute__((noinline)) static void group{packs}(T *q, T *p, T *lost_q, T *lost_p, "
@@ -1102,13 +1113,13 @@ class _Contraction:
 
 def _backward_group(b: _Backward, packs: int) -> str:
     t = b.t
-    printer = _Printer(t, packs, {"q": "q", "p": "p", "w": "w"})
+    printer = Printer(t, packs, {"q": "q", "p": "p", "w": "w"})
     roots = [*b.kick.roots, *b.drift.roots]
-    lines = _opening(t, printer, roots)
+    lines = opening(t, printer, roots)
     states = (("q", t.q_width), ("p", t.p_width))
     for name, width in states:
         # Trajectories that do not exist have no cotangents, and so no gradients.
-        load = _access("load_or_zero", f"{name}b", width)
+        load = access("load_or_zero", f"{name}b", width)
         lines += printer.each(f"V {name}b{{k}}_{{u}} = {load};", width)
     size = max(1, b.count + b.rate)
     lines += [f"V g_{u}[{size}] = {{}};" for u in range(packs)]
@@ -1134,13 +1145,13 @@ def _backward_group(b: _Backward, packs: int) -> str:
 
     drift = undo(b.drift, "q", "p", 1)
     lines += ["const double *row;", "long left = plan.repeats;"]
-    lines += ["for (long i = plan.count; i > 1;) {", *_barrier(t, roots)]
+    lines += ["for (long i = plan.count; i > 1;) {", *barrier(t, roots)]
     lines += ["row = plan.rows + 4 * --i;", *drift, *undo(b.kick, "p", "q", 0)]
     lines += ["if (i == plan.mid && --left > 0) i = plan.end_mid;", "}"]
     lines += ["row = plan.rows;", "if (plan.head) {", *drift, "}"]
     for name, width in states:
         for x in (name, f"{name}b"):
-            lines += printer.each(f"{_access('store', x, width, f'{x}{{k}}_{{u}}, ')};", width)
+            lines += printer.each(f"{access('store', x, width, f'{x}{{k}}_{{u}}, ')};", width)
     if b.count + b.rate:
         lines.append(f"for (long k = 0; k < {size}; ++k) {{")
         lines += [f"collect(bars + k, g_{u}[k], COUNT({u}));" for u in range(packs)]

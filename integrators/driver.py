@@ -96,8 +96,9 @@ def integrate(
     with times ``t0 + n dt``. A negative ``dt`` runs backwards. ``dt`` and ``t0`` may be tensors
     that require grad. A :class:`VectorField` or a :class:`Split` may leave ``p`` out.
     ``compensated`` makes an explicit splitting carry what its sums round off, which an implicit
-    method always does: over a million steps two more digits. ``compile`` runs the steps in a
-    kernel made for the system. ``progress`` draws a bar on stderr.
+    method always does: over a million steps two more digits. ``compile`` runs the steps of a
+    splitting or an implicit Runge-Kutta method in a kernel made for the system; its gradient then
+    retraces the run, unless ``adjoint="checkpoint"``. ``progress`` draws a bar on stderr.
 
     Differentiable in ``q, p, dt`` and the parameters of ``system``; without any of them to
     differentiate, no graph is kept. The memory of a gradient is that of all steps with
@@ -188,6 +189,11 @@ class Compiled(Integrator):
     base: Integrator
     compensated: bool
 
+    @property
+    def retraces(self) -> bool:
+        """Say whether the kernel goes back by itself for a gradient, whatever the adjoint."""
+        return isinstance(self.base, Splitting)
+
     def check(self, system: System) -> None:
         from darboux.integrators import engine
 
@@ -213,11 +219,13 @@ def _march_plainly(
 
 
 def _march_by(adjoint: str, run: Run) -> Callable[..., None]:
+    if isinstance(run.method, Compiled) and adjoint != "checkpoint":
+        if run.method.retraces:
+            return _march_plainly
+        adjoint = "reversible"  # a kernel records nothing
     if adjoint == "autograd":
         return _march_plainly
     if adjoint == "reversible":
-        if isinstance(run.method, Compiled):  # its kernels retrace by themselves
-            return _march_plainly
         check_reversible(run)
     if in_reverse_transform():
         raise ValueError(

@@ -1,10 +1,15 @@
-"""The compiled engine: a whole run of an explicit splitting as one native call.
+"""The compiled engine: a whole run of a splitting or an implicit method as one native call.
 
 The force and the velocity of a :class:`Separable` system are traced, once, to expressions of one
 trajectory; the C++ made of them keeps eight trajectories in vector registers through all steps of
 a call. Nothing is asked of the user: a potential in plain torch is enough. What cannot be traced
 to scalar operations, or has too many of them, runs through ``torch.compile`` in chunks of steps
 instead; the line printed at the first compilation, and :func:`engine_of`, say which of the two.
+
+For an implicit Runge-Kutta method the field of any system is traced, and the kernel makes the
+sweeps (:mod:`darboux.integrators._implicit_kernel`). What cannot be traced is moved as without
+``compile``, and so is what keeps a graph: the gradient of such a run is made by retracing it step
+by step (:mod:`darboux.integrators.reversible`), of which only the way back is compiled.
 
 Captured tensors are arguments of the kernel: their values are read at every call, and gradients
 reach whatever they were computed from. The gradient walks the flows backwards, undoing each one
@@ -22,17 +27,16 @@ import functools
 import sys
 import threading
 import time
-import types
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from darboux._checks import ConvergenceError
+from darboux.integrators import _native
 from darboux.integrators._codegen import (
     Unsupported,
     backward_source,
@@ -41,34 +45,37 @@ from darboux.integrators._codegen import (
     packs_of,
     trace,
 )
-from darboux.integrators._kernels import LANES, Native, build, compiler
+from darboux.integrators._implicit_kernel import ImplicitPlan, implicit_plan
+from darboux.integrators._kernels import LANES, Native, compiler
 from darboux.integrators.base import Integrator
+from darboux.integrators.implicit import ImplicitRungeKutta
 from darboux.integrators.splitting import Splitting, program
 from darboux.integrators.systems import Separable, System
-
-_SCALARS = {torch.float64: "double", torch.float32: "float"}
 
 # Forces in one torch.compile graph of the second engine: more take minutes to compile.
 _CHUNK = 40
 
-# Gradients are summed in this many parts of the batch, whatever the number of threads.
-_PARTS = 16
-
-# Trajectories times steps below which another thread costs more than it saves.
-_WORTH_A_THREAD = 200_000
-
 
 def supports(method: Integrator, system: System) -> str | None:
     """Return None if the engine can run ``method`` on ``system``, else why not."""
+    if isinstance(method, ImplicitRungeKutta):
+        return None
     if not isinstance(method, Splitting):
-        return f"{method.name} is not an explicit splitting"
+        return f"{method.name} is not an explicit splitting, nor an implicit Runge-Kutta method"
     if not isinstance(system, Separable):
         return f"the system is a {type(system).__name__}, not a Separable"
     return None
 
 
-def engine_of(system: Separable, q: Tensor, p: Tensor) -> str:
-    """Return which engine moves such a state: ``native kernel`` or ``torch.compile (why)``."""
+def engine_of(system: System, q: Tensor, p: Tensor, method: Integrator | None = None) -> str:
+    """Return which engine moves such a state: ``native kernel``, or another and why.
+
+    ``method`` is a splitting unless given.
+    """
+    if isinstance(method, ImplicitRungeKutta):
+        plan = _implicit(system, q, p, method)
+        return plan if isinstance(plan, str) else plan.describe()
+    assert isinstance(system, Separable)
     return _plan(system, q, p, _EULER).describe()
 
 
@@ -85,20 +92,24 @@ def advance(
 ) -> tuple[Tensor, Tensor, Any]:
     """Take ``steps`` steps, like ``method.advance``; the memory holds what was rounded off.
 
-    Differentiable once, by reversal, in ``q``, ``p``, ``dt`` and the captured tensors. Raises
+    Splittings are differentiable once, by reversal, in ``q``, ``p``, ``dt`` and the captured
+    tensors; implicit methods, where a graph is asked for, as without a kernel. Raises
     ``ValueError`` where :func:`supports` gives a reason and off the CPU, ``RuntimeError`` without
-    a C++ compiler, and ``ConvergenceError`` from the backward pass if the run could not be
-    undone: then the motion is chaotic, and its gradient means nothing.
+    a C++ compiler, and ``ConvergenceError`` if the stages of a step are not found, or from the
+    backward pass if the run could not be undone: then the motion is chaotic, and its gradient
+    means nothing.
     """
     reason = supports(method, system)
     if reason is not None:
         raise ValueError(f"compile=True: {reason}")
-    assert isinstance(method, Splitting)
-    assert isinstance(system, Separable)
     if q.device.type != "cpu":
         raise ValueError(f"compile=True: q is on {q.device}; the kernels run on the CPU")
-    if q.dtype not in _SCALARS:
+    if q.dtype not in _native.SCALARS:
         raise TypeError(f"compile=True: q has dtype {q.dtype}, expected float32 or float64")
+    if isinstance(method, ImplicitRungeKutta):
+        return _advance_implicit(method, system, q, p, dt, steps, memory)
+    assert isinstance(method, Splitting)
+    assert isinstance(system, Separable)
     compensated = compensated or method.compensated
     plan = _plan(system, q, p, method)
     if steps == 0 or q.numel() == 0:
@@ -174,17 +185,6 @@ def _two(c: list[float]) -> Pairs:
 # ---------------------------------------------------------------- the native engine
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * max(1, len(tensors)))(*(x.data_ptr() for x in tensors))
-
-
-def _function(source: str, pointers: int) -> Callable[..., None]:
-    run = build(source).run
-    run.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * 2
-    run.restype = None
-    return run
-
-
 @dataclass
 class _NativePlan:
     # How to move one system in states of one kind by generated or hand-written C++.
@@ -219,11 +219,11 @@ class _NativePlan:
             source = self.source(*key)
             fresh = source not in _known_sources
             _known_sources.add(source)
-            self.functions[key] = _function(source, 7 if backward else 6)
+            self.functions[key] = _native.function(source, 7 if backward else 6)
             if fresh:
                 what = "native kernel, gradient" if backward else "native kernel"
                 seconds = time.perf_counter() - start + (0 if backward else self.seconds)
-                _announce(flows.method, seconds, what)
+                _native.announce(flows.method, "Separable", seconds, what)
         return self.functions[key]
 
     def present(self) -> list[Tensor]:
@@ -260,14 +260,14 @@ class _NativePlan:
     def forward(
         self, flows: _Flows, q: Tensor, p: Tensor, lost: Any, constants: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Any]:
-        q, p, *lost = (_copy(x) for x in (q, p, *(lost or ())))
+        q, p, *lost = (_native.copy(x) for x in (q, p, *(lost or ())))
         run = self.function(flows, False, bool(lost))
         data = [x.data_ptr() for x in (q, p, *lost)] + [None] * (2 - len(lost))
-        pointers, plan = _pointers(constants), flows.plan()
+        pointers, plan = _native.pointers(constants), flows.plan()
         batch = q.numel() // self.widths[0]
-        _in_parts(
+        _native.in_parts(
             lambda begin, end, _: run(*data, pointers, ctypes.byref(plan), begin, end),
-            _cut(batch, self.block, _threads(batch * flows.steps)),
+            _native.cut(batch, self.block, _native.threads(batch * flows.steps)),
         )
         return q, p, tuple(lost) or None
 
@@ -284,55 +284,21 @@ class _NativePlan:
         Also returns the gradients of the constants in ``slots`` and of the step, one after the
         other.
         """
-        moved = [_copy(x) for x in states]
+        moved = [_native.copy(x) for x in states]
         run = self.function(flows, True, False, slots, rate)
         batch = moved[0].numel() // self.widths[0]
-        parts = _cut(batch, self.block, _PARTS)
+        parts = _native.cut(batch, self.block, _native.PARTS)
         size = sum(constants[s].numel() for s in slots) + rate
         sums = torch.zeros(len(parts), size, dtype=torch.float64)
         data = [x.data_ptr() for x in moved]
-        pointers, plan = _pointers(constants), flows.plan()
+        pointers, plan = _native.pointers(constants), flows.plan()
 
         def part(begin: int, end: int, k: int) -> None:
             bars = sums.data_ptr() + 8 * size * k
             run(*data, bars, pointers, ctypes.byref(plan), begin, end)
 
-        _in_parts(part, parts, _threads(batch * flows.steps))
+        _native.in_parts(part, parts, _native.threads(batch * flows.steps))
         return moved, sums.sum(0)
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _threads(work: int) -> int:
-    return max(1, min(torch.get_num_threads(), work // _WORTH_A_THREAD))
-
-
-def _cut(batch: int, block: int, parts: int) -> list[tuple[int, int]]:
-    # Cuts fall between blocks, so that a trajectory is always computed in the same way.
-    blocks = -(-batch // block)
-    size = -(-blocks // parts) * block
-    return [(begin, min(begin + size, batch)) for begin in range(0, batch, size)]
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="darboux")
-
-
-def _in_parts(
-    work: Callable[[int, int, int], None], parts: list[tuple[int, int]], threads: int | None = None
-) -> None:
-    threads = len(parts) if threads is None else threads
-    if threads <= 1:
-        for k, (begin, end) in enumerate(parts):
-            work(begin, end, k)
-        return
-    # The calls run side by side: ctypes lets go of the interpreter.
-    jobs = [_pool(threads).submit(work, *part, k) for k, part in enumerate(parts)]
-    for job in jobs:
-        job.result()
 
 
 class _Reversible(torch.autograd.Function):
@@ -449,7 +415,7 @@ class _ChunkPlan:
                 return run(q, p, h, force_tensors, velocity_tensors)
 
             chunk(q, p, torch.zeros((), dtype=q.dtype))
-            _announce(method, time.perf_counter() - start, self.describe())
+            _native.announce(method, "Separable", time.perf_counter() - start, self.describe())
             self.compiled[method.flows] = chunk
         return self.compiled[method.flows]
 
@@ -461,18 +427,28 @@ def _chunk_steps(method: Splitting) -> int:
 # ---------------------------------------------------------------- plans and their cache
 
 _Plan = _NativePlan | _ChunkPlan
-_plans: "weakref.WeakKeyDictionary[Separable, dict[tuple, tuple[tuple, _Plan]]]"
+_plans: "weakref.WeakKeyDictionary[System, dict[tuple, tuple[tuple, Any]]]"
 _plans = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
 
 def _plan(system: Separable, q: Tensor, p: Tensor, method: Splitting) -> _Plan:
-    key = (tuple(q.shape), tuple(p.shape), q.dtype)
-    seen = _fingerprint(system)
+    return _once(_make_plan, system, q, p, method)
+
+
+def _implicit(
+    system: System, q: Tensor, p: Tensor, method: ImplicitRungeKutta
+) -> ImplicitPlan | str:
+    return _once(_make_implicit_plan, system, q, p, method)
+
+
+def _once(make: Callable[..., Any], system: System, q: Tensor, p: Tensor, method: Any) -> Any:
+    key = (make, tuple(q.shape), tuple(p.shape), q.dtype)
+    seen = _native.fingerprint(system)
     with _lock:
         known = _plans.setdefault(system, {})
         if key not in known or known[key][0] != seen:
-            known[key] = (seen, _make_plan(system, q.detach(), p.detach(), method))
+            known[key] = (seen, make(system, q.detach(), p.detach(), method))
         return known[key][1]
 
 
@@ -500,9 +476,46 @@ def _event_dims(system: Separable, q: Tensor) -> Sequence[int]:
     return [max(1, q.dim() - v.dim())]
 
 
+def _make_implicit_plan(
+    system: System, q: Tensor, p: Tensor, method: ImplicitRungeKutta
+) -> ImplicitPlan | str:
+    # Or why there is none.
+    compiler()
+    reason = ""
+    for event in range(1, q.dim() + 1):
+        try:
+            return implicit_plan(method, system, q, p, event)
+        except Unsupported as error:
+            reason = reason or str(error).splitlines()[0]
+        except Exception as error:  # whatever a function raises when given another shape
+            reason = reason or f"{type(error).__name__}: {error}".splitlines()[0]
+    why = f"uncompiled: no native kernel, for {reason}"
+    print(f"{method.name} for {type(system).__name__} runs {why}", file=sys.stderr)
+    return why
+
+
+def _advance_implicit(
+    method: ImplicitRungeKutta,
+    system: System,
+    q: Tensor,
+    p: Tensor,
+    dt: float | Tensor,
+    steps: int,
+    memory: Any,
+) -> tuple[Tensor, Tensor, Any]:
+    plan = _implicit(system, q, p, method)
+    if isinstance(plan, str) or steps == 0 or q.numel() + p.numel() == 0:
+        return method.advance(system, q, p, dt, steps, memory)
+    if torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (q, p, dt, *plan.present())
+    ):
+        return method.advance(system, q, p, dt, steps, memory)
+    return plan.advance(method, system, q, p, dt, steps, memory)
+
+
 def _native_plan(system: Separable, q: Tensor, p: Tensor, event: int) -> _NativePlan:
     start = time.perf_counter()
-    scalar = _SCALARS[q.dtype]
+    scalar = _native.SCALARS[q.dtype]
     widths = (q.shape[q.dim() - event :].numel(), p.shape[p.dim() - event :].numel())
     native: Native | None = getattr(system, "native", None)
     if native and q.shape[q.dim() - event :] == native.event:
@@ -546,22 +559,13 @@ def _compare(plan: _NativePlan, system: Separable, q: Tensor, p: Tensor, method:
         p = p + system.force(q)
         theirs = q + system.velocity(p), p
     for a, b in zip(ours, theirs, strict=True):
-        if not _close(a, b):
+        if not _native.close(a, b):
             raise Unsupported("its kernel does not reproduce it")
 
 
 def _one_step(method: Splitting, dt: float | Tensor) -> _Flows:
     # Named after the method, for the line that is printed when a kernel is compiled.
     return _Flows(dataclasses.replace(_EULER, name=method.name), dt, 1)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    finite = b[b.isfinite()]
-    size = float(finite.abs().max()) if finite.numel() else 0.0
-    tolerance = torch.finfo(b.dtype).eps ** 0.6
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True
-    )
 
 
 def _compare_gradient(
@@ -586,7 +590,7 @@ def _compare_gradient(
             for x in (wq * a + wp * b, wq * moved + wp * kicked)
         )
     for x, y in zip(ours, theirs, strict=True):
-        if not _close(x, y):
+        if not _native.close(x, y):
             raise ValueError(
                 "compile=True: the gradient of the kernel is not that of the system, as happens "
                 "if a part of it is detached: use adjoint='autograd'"
@@ -594,61 +598,3 @@ def _compare_gradient(
 
 
 _EULER = Splitting(name="one step", order=1, symmetric=False, source="", flows=((1, 1.0), (0, 1.0)))
-
-
-def _announce(method: Splitting, seconds: float, what: str) -> None:
-    print(f"compiled {method.name} for Separable in {seconds:.1f} s ({what})", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- what a trace took for granted
-
-
-def _fingerprint(system: Separable) -> tuple:
-    """Return what the callables of ``system`` refer to: numbers by value, the rest by identity.
-
-    Closures, defaults, globals, attributes and parameters are looked through. A tensor that
-    takes another value in place keeps its identity: kernels read its value anyway.
-    """
-    out: list[Any] = []
-    seen = {id(system)}
-    for name in ("force", "velocity", "potential", "kinetic", "mass", "native"):
-        _look(getattr(system, name, None), out, seen, 5)
-    return tuple(out)
-
-
-def _look(x: Any, out: list[Any], seen: set[int], depth: int) -> None:
-    if x is None or isinstance(x, bool | int | float | str):
-        out.append(x)
-        return
-    if id(x) in seen or depth == 0 or isinstance(x, type | types.ModuleType):
-        return
-    seen.add(id(x))
-    inside: Any = ()
-    if isinstance(x, types.FunctionType):
-        out.append(id(x.__code__))
-        names = (x.__globals__.get(name) for name in x.__code__.co_names)
-        inside = (*_cells(x), *(x.__defaults__ or ()), *names)
-    elif isinstance(x, types.MethodType):
-        inside = (x.__func__, x.__self__)
-    elif isinstance(x, functools.partial):
-        inside = (x.func, *x.args, *x.keywords.values())
-    elif isinstance(x, list | tuple):
-        inside = x
-    elif isinstance(x, dict):
-        inside = x.values()
-    else:
-        out.append(id(x))
-        if not isinstance(x, Tensor | types.BuiltinFunctionType):
-            inside = getattr(x, "__dict__", {}).values()
-    for y in inside:
-        _look(y, out, seen, depth - (not isinstance(x, nn.Module | dict | list | tuple)))
-
-
-def _cells(f: types.FunctionType) -> list[Any]:
-    out = []
-    for cell in f.__closure__ or ():
-        try:
-            out.append(cell.cell_contents)
-        except ValueError:  # a variable that has no value yet
-            out.append(None)
-    return out

@@ -17,11 +17,11 @@ from torch.autograd import forward_ad
 from darboux._autodiff import Field, jacobian
 from darboux._checks import ConvergenceError, corrections, in_transform, values
 
-_MAX_SWEEPS = 100
+MAX_SWEEPS = 100
 # Equations of at most this many unknowns a copy are differentiated by a dense matrix.
 _DENSE_UP_TO = 128
 # A change this many ulps of the state large is not yet round-off.
-_ROUND_OFF = 1e3
+ROUND_OFF = 1e3
 # Sweeps that contract no better than this are slow enough to be worth a matrix.
 _SLOW = 0.3
 
@@ -109,7 +109,7 @@ def _sweep(
     slope, place, _ = equations
     k, inverse, least, settled = x, None, None, None
     sweep, limit, worst, before = 0, 0.0, 0.0, 0.0
-    while sweep < _MAX_SWEEPS:
+    while sweep < MAX_SWEEPS:
         sweep += 1
         found = slope(x).detach()
         k = found if inverse is None else k + _apply(inverse, found - k, staged)
@@ -122,7 +122,7 @@ def _sweep(
             return Solution(k, sweep, worst)
         if sweep == 1:
             size = float(values(x if scale is None else scale).abs().max())
-            limit = _ROUND_OFF * torch.finfo(x.dtype).eps * size
+            limit = ROUND_OFF * torch.finfo(x.dtype).eps * size
         if not math.isfinite(worst):
             break
         if worst <= limit and least is not None:
@@ -221,13 +221,13 @@ def _neumann_terms(equations: Equations, k: Tensor, staged: bool) -> int:
     total = term.abs()
     # A third of the digits are watched; the others take as many terms again each.
     enough = torch.finfo(k.dtype).eps ** (1 / 3)
-    for n in range(1, _MAX_SWEEPS // 3):
+    for n in range(1, MAX_SWEEPS // 3):
         term = pull(term)
         total = total + term.abs()
         left = values((term.abs() - enough * total).amax())
         if float(left.max()) <= 0:
             return 3 * n + 2
-    return _MAX_SWEEPS
+    return MAX_SWEEPS
 
 
 def _derivative_wanted(

@@ -62,18 +62,35 @@ class Tableau:
     @property
     def ahead(self) -> NDArray[np.float64]:
         """Return the map ``(s, s)`` from the slopes of a step to a guess for the next one's."""
-        return _ahead(self, 1.0)
+        return extrapolation(self, 1.0)
 
 
 @lru_cache(maxsize=256)
-def _ahead(tableau: Tableau, ratio: float) -> NDArray[np.float64]:
-    # The same where the next step is `ratio` times as long: the polynomial that fits the slopes
-    # best, in the Legendre basis, which the weights of the nodes make orthogonal.
+def extrapolation(tableau: Tableau, ratio: float) -> NDArray[np.float64]:
+    """Return :attr:`Tableau.ahead` where the next step is ``ratio`` times as long.
+
+    It is the polynomial that fits the slopes best, in the Legendre basis, which the weights of
+    the nodes make orthogonal.
+    """
     degree = min(len(tableau.b) - 1, _GUESS_DEGREE)
     here = legvander(2 * tableau.c - 1, degree)
     there = legvander(1 + 2 * ratio * tableau.c, degree)
     norms = tableau.b @ here**2
     return (there / norms) @ (here.T * tableau.b)
+
+
+@lru_cache(maxsize=256)
+def rounded(
+    tableau: Tableau, dtype: torch.dtype
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    r"""Return ``mu`` and ``mu_hat`` in the precision of ``dtype``.
+
+    Of :math:`\hat\mu_{ij} + \mu_{ji} = 1` the larger one is rounded and gives the other: rounded
+    each for itself, they made energies drift in float32.
+    """
+    kind = {torch.float32: np.float32, torch.float16: np.float16}.get(dtype, np.float64)
+    mu, mu_hat = (x.astype(kind).astype(np.float64) for x in (tableau.mu, tableau.mu_hat))
+    return np.where(mu > 0.5, mu, 1 - mu_hat.T), np.where(mu_hat >= 0.5, mu_hat, 1 - mu.T)
 
 
 def _legendre(n: int, x: Decimal) -> list[Decimal]:
@@ -209,7 +226,7 @@ def solve_stages(
     with torch.no_grad():
         start = z.expand(len(tableau.b), *z.shape)
         if guess is not None:
-            ahead = torch.from_numpy(_ahead(tableau, ratio)).to(z)
+            ahead = torch.from_numpy(extrapolation(tableau, ratio)).to(z)
             slopes = (ahead @ guess.slopes.detach().flatten(1)).reshape(guess.slopes.shape)
             start = _Step(z, dt, tableau, split).stages(slopes)
     k, sweeps, residual = solve_fixed_point(
@@ -222,8 +239,7 @@ class _Step:
     # The linear part of the stage equations, for one z and dt.
     def __init__(self, z: Tensor, dt: float | Tensor, tableau: Tableau, split: int):
         self.z, self.split = z, split if tableau.is_pair else z.shape[-1]
-        self.mu = torch.from_numpy(tableau.mu).to(z)
-        self.mu_hat = torch.from_numpy(tableau.mu_hat).to(z)
+        self.mu, self.mu_hat = (torch.from_numpy(x).to(z) for x in rounded(tableau, z.dtype))
         self.hb = (dt * torch.from_numpy(tableau.b).to(z))[:, None]
 
     def stages(self, k: Tensor) -> Tensor:
@@ -247,7 +263,9 @@ class _Step:
         return matrix.flatten(-4, -3).flatten(-2)
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
+    """What a step leaves to the next one."""
+
     stages: Stages | None
     dt: float | Tensor  # of those stages
     lost: Tensor  # what the additions to the state rounded off
@@ -277,14 +295,14 @@ class ImplicitRungeKutta(Integrator):
         p: Tensor,
         dt: float | Tensor,
         steps: int,
-        memory: _Memory | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         """Take ``steps`` steps; the memory is the last stages and what the state rounded off."""
         d = q.shape[-1]
         field = packed(system, d)
         z = torch.cat([q, p], -1)
         if memory is None:
-            memory = _Memory(None, dt, torch.zeros_like(z), are_rows_alone(system, q, p))
+            memory = Memory(None, dt, torch.zeros_like(z), are_rows_alone(system, q, p))
         stages, last, lost, rows_alone = memory
         ratio = step_ratio(dt, last)
         for _ in range(steps):
@@ -300,7 +318,7 @@ class ImplicitRungeKutta(Integrator):
             )
             z, lost = add_compensated(z, stages.increment, lost)
             ratio = 1.0
-        return z[..., :d], z[..., d:], _Memory(stages, dt, lost, rows_alone)
+        return z[..., :d], z[..., d:], Memory(stages, dt, lost, rows_alone)
 
 
 Gauss = ImplicitRungeKutta  # the name it had when Gauss collocation was all of it

@@ -17,6 +17,14 @@ from darboux.integrators.systems import System
 _CHECK_EVERY = 256
 
 
+class StoppedError(ConvergenceError):
+    """A stretch of steps stopped after ``steps`` good ones."""
+
+    def __init__(self, message: str, residual: float, iterations: int, steps: int):
+        super().__init__(message, residual, iterations)
+        self.steps = steps
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """A method with what it moves and how far."""
@@ -48,7 +56,10 @@ class Run:
                 q, p, memory = self.advance(qs[-1], ps[-1], now - before, kept)
             except ConvergenceError as error:
                 _check_alive(stops, qs, ps, first)
-                last = self._last_good_step(before, now, qs[-1], ps[-1], kept)
+                if isinstance(error, StoppedError):
+                    last = before + error.steps
+                else:
+                    last = self._last_good_step(before, now, qs[-1], ps[-1], kept)
                 message = f"integrate: {self.method.name}, between steps {last} and {last + 1}: "
                 message += str(error)
                 raise ConvergenceError(message, error.residual, error.iterations) from error

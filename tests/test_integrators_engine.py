@@ -3,6 +3,7 @@
 import gc
 import re
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from integrator_cases import perihelion, rocking
 from torch import Tensor, nn
 
 from darboux import ConvergenceError
-from darboux.integrators import METHODS, Hamiltonian, Separable, Splitting, catalogue, engine
+from darboux.integrators import (
+    METHODS,
+    Hamiltonian,
+    Separable,
+    Splitting,
+    VectorField,
+    catalogue,
+    engine,
+    integrate,
+)
 from darboux.integrators._codegen import Expressions
 from darboux.integrators._kernels import NoCompiler, compiler
 
@@ -379,7 +389,8 @@ def test_compensated_is_eager(name):
 def test_refusals():
     q, p = state(catalogue.kepler(), (2,), 3)
     coupled = Hamiltonian(lambda q, p: (q * p).sum(-1))
-    assert "not an explicit splitting" in str(engine.supports(METHODS["gauss4"], coupled))
+    assert "not an explicit splitting" in str(engine.supports(METHODS["rk4"], coupled))
+    assert engine.supports(METHODS["gauss4"], coupled) is None
     assert "a Hamiltonian, not a Separable" in str(engine.supports(LEAPFROG, coupled))
     assert engine.supports(LEAPFROG, catalogue.kepler()) is None
     with pytest.raises(ValueError, match="not a Separable"):
@@ -438,6 +449,209 @@ def test_the_second_engine(capfd, monkeypatch):
         engine.advance(LEAPFROG, system, q.requires_grad_(), p, 0.1, 7)
     with pytest.raises(ValueError, match="no compensated sums"):
         engine.advance(LEAPFROG, system, q.detach(), p, 0.1, 7, compensated=True)
+
+
+# ---------------------------------------------------------------- implicit methods
+
+
+def coupled_energy(q: Tensor, p: Tensor) -> Tensor:
+    """Return an energy without parts that keeps angular momentum."""
+    return (1 + q.square().sum(-1)) * p.square().sum(-1) / 2 + q.square().sum(-1) / 2
+
+
+COUPLED = Hamiltonian(coupled_energy)
+ROTOR = torch.tensor([1.0, 2.0, 3.5], dtype=F64)
+IMPLICIT = {
+    "henon_heiles": (lambda: catalogue.henon_heiles(), (2,), "gauss6"),
+    "gravity": (lambda: catalogue.gravity(1 + randn(3).square(), 0.8, 0.5), (3, 3), "gauss4"),
+    "coupled": (lambda: COUPLED, (2,), "gauss6"),
+    "midpoint": (lambda: COUPLED, (2,), "implicit_midpoint"),
+    "eight stages": (lambda: COUPLED, (2,), "gauss16"),
+    "pair": (lambda: COUPLED, (2,), "lobatto4"),
+    "driven": (
+        lambda: Hamiltonian(
+            lambda q, p, t: coupled_energy(q, p) + t.sin() * q.square().sum(-1), time=True
+        ),
+        (2,),
+        "gauss4",
+    ),
+    "body": (lambda: VectorField(lambda m: torch.linalg.cross(m, m / ROTOR)), (3,), "gauss4"),
+}
+
+
+def moving(name: str, *batch: int) -> tuple[Any, Tensor, Any, str]:
+    """Return a system, a state and a method."""
+    make, event, method = IMPLICIT[name]
+    q, p = randn(*batch, *event, scale=0.15), randn(*batch, *event, scale=0.15, seed=1)
+    return make(), q, None if name == "body" else p, method
+
+
+@pytest.mark.parametrize("name", IMPLICIT)
+def test_an_implicit_kernel_is_eager(name):
+    system, q, p, method = moving(name, 9)
+    rest = q[..., :0] if p is None else p
+    said = engine.engine_of(system, *system.lift(q, rest, 0.0), method=METHODS[method])
+    assert said == "native kernel"
+    steps = 200 if name == "henon_heiles" else 40
+    options = {"dt": 0.05, "steps": steps, "save_every": steps // 3, "method": method}
+    fast = integrate(system, q, p, compile=True, **options)
+    slow = integrate(system, q, p, **options)
+    agree(fast[1 : 2 if p is None else 3], slow[1 : 2 if p is None else 3], 1e-12)
+
+
+def test_implicit_kernels_take_any_batch_and_resume_where_they_were():
+    system, q, p, method = moving("coupled", 2, 5)
+    options = {"dt": -0.05, "steps": 20, "method": method, "compile": True}
+    whole = integrate(system, q, p, save_every=20, **options)
+    often = integrate(system, q, p, **options)
+    assert torch.equal(often.q[-1], whole.q[-1])
+    # A trajectory does not depend on its neighbours.
+    alone = integrate(system, q[1, 4], p[1, 4], save_every=20, **options)
+    assert torch.equal(alone.q[-1], whole.q[-1, 1, 4])
+    single = integrate(system, q.float(), p.float(), save_every=20, **options)
+    agree(single[1:], [x.float() for x in whole[1:]], 2e-6)
+
+
+def test_implicit_kernels_keep_what_symplectic_symmetric_maps_keep():
+    # Gauss methods keep quadratic invariants: HLW (2006), theorem IV.2.2.
+    system, q, p, method = moving("coupled", 9)
+    options = {"dt": 0.1, "steps": 5000, "save_every": 500, "method": method, "compile": True}
+    run = integrate(system, q, p, **options)
+    momentum = run.q[..., 0] * run.p[..., 1] - run.q[..., 1] * run.p[..., 0]
+    assert float((momentum - momentum[0]).abs().max()) < 1e-14
+    energy = system.energy(run.q, run.p)
+    assert float((energy / energy[0] - 1).abs().max()) < 1e-7
+    back = integrate(system, run.q[1], run.p[1], **{**options, "dt": -0.1, "steps": 500})
+    agree((back.q[-1], back.p[-1]), (q, p), 1e-12)
+
+
+def test_an_implicit_kernel_is_symplectic():
+    system, q, p, method = moving("coupled")
+    h, steps = 1e-3, torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=F64)
+    z = torch.cat([q, p]) + h * steps[:, None, None] * torch.eye(4, dtype=F64)
+    run = integrate(
+        system, z[..., :2], z[..., 2:], dt=0.1, steps=5, save_every=5, method=method, compile=True
+    )
+    end = torch.cat([run.q[-1], run.p[-1]], -1)
+    j = ((end[0] - end[3]) / 12 + (end[2] - end[1]) * (2 / 3)).mT / h  # up to h^4
+    omega = torch.eye(4, dtype=F64).roll(2, 1) * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
+    assert float((j.mT @ omega @ j - omega).abs().max()) < 1e-10
+
+
+def test_single_precision_does_not_drift():
+    # Coefficients rounded one by one to float32 are not symplectic: 19 standard errors.
+    e = torch.linspace(0.1, 0.6, 64)
+    q, p = torch.stack([1 - e, 0 * e], -1), torch.stack([0 * e, ((1 + e) / (1 - e)).sqrt()], -1)
+    run = integrate(
+        catalogue.kepler(),
+        q,
+        p,
+        dt=0.06,
+        steps=10_000,
+        save_every=10_000,
+        method="gauss8",
+        compile=True,
+    )
+    q, p = run.q.double(), run.p.double()
+    momentum = q[..., 0] * p[..., 1] - q[..., 1] * p[..., 0]
+    error = momentum[1] / momentum[0] - 1
+    assert abs(float(error.mean())) < 5 * float(error.std()) / 8
+
+
+def test_gradients_of_implicit_kernels():
+    _, q, p, method = moving("coupled", 3)
+    rate = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    dt = torch.tensor(0.05, dtype=F64, requires_grad=True)
+    system = Hamiltonian(lambda q, p: coupled_energy(rate.exp() * q, p))
+    leaves = (q.requires_grad_(), p.requires_grad_(), rate, dt)
+    first, second = [], []
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"compile": True, "adjoint": "reversible"},
+        {"compile": True, "adjoint": "checkpoint"},
+        {"compile": True},
+    ]
+    for more in kinds:
+        run = integrate(system, q, p, dt=dt, steps=4, save_every=3, method=method, **more)
+        loss = (run.q.cos() * run.p).sum()
+        first.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+        if "adjoint" not in more:
+            grads = torch.autograd.grad(loss, leaves, create_graph=True)
+            total = torch.cat([x.flatten() for x in grads]).sum()
+            second.append(torch.autograd.grad(total, leaves))
+    for fast in first[1:]:
+        agree(fast, first[0], 1e-12)
+    agree(second[1], second[0], 1e-12)
+
+
+def test_a_force_detached_in_part_has_the_gradient_of_the_eager_run():
+    mu = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    system = Separable(force=lambda q: -q * (mu + mu.detach()))
+    q, p = state(system, (2,), 3)
+    options = {"dt": 0.1, "steps": 3, "method": "gauss4"}
+    fast, slow = (
+        torch.autograd.grad(integrate(system, q, p, compile=c, **options).q.sum(), mu)
+        for c in (True, False)
+    )
+    agree(fast, slow, 1e-13)
+
+
+def test_new_values_are_seen_by_implicit_kernels():
+    mu, factor = torch.tensor(1.0, dtype=F64), 1.0
+    system = Hamiltonian(lambda q, p: mu * factor * coupled_energy(q, p))
+    _, q, p, _ = moving("coupled", 3)
+
+    def check():
+        options = {"dt": 0.1, "steps": 5, "method": "gauss4"}
+        agree(integrate(system, q, p, compile=True, **options), integrate(system, q, p, **options))
+
+    check()
+    mu.fill_(2.0)
+    check()
+    factor = 0.5
+    check()
+
+
+@pytest.mark.parametrize(
+    ("system", "words"),
+    [
+        # The frequency grows with time, the motion reaches infinity, the field its edge.
+        (
+            Hamiltonian(
+                lambda q, p, t: torch.exp(t) * (q.square() + p.square()).sum(-1), time=True
+            ),
+            "change by",
+        ),
+        (Hamiltonian(lambda q, p: (p.square() - q.pow(4)).sum(-1)), "change by nan"),
+        (Hamiltonian(lambda q, p: (p.square() + (0.8 - q).sqrt()).sum(-1)), "change by nan"),
+    ],
+)
+def test_an_unsolved_step_of_a_kernel_is_named(system, words):
+    q = torch.tensor([[0.5, 0.3]] * 9, dtype=F64)
+    q[:8] = 0.01  # fails later than the last one, if at all
+    options = {"dt": 0.1, "method": "gauss4", "compile": True}
+    with pytest.raises(ConvergenceError, match=r"gauss4, between steps \d+ and \d+:") as info:
+        integrate(system, q, q, steps=100, save_every=5, **options)
+    error = info.value
+    assert words in str(error)
+    assert error.iterations > 0
+    assert not error.residual < 1e-13
+    step = int(str(error).split("steps ")[1].split(" ")[0])
+    assert error.trajectory.q.shape == (step // 5 + 1, 9, 2)
+    assert bool(error.trajectory.q.isfinite().all())
+    whole = integrate(system, q, q, steps=step, save_every=step or 1, **options)
+    assert bool(whole.q.isfinite().all())
+
+
+def test_a_field_without_a_kernel_runs_without(capfd):
+    system = Hamiltonian(lambda q, p: p.square().sum(-1) + q.sort(-1).values[..., 0].square())
+    _, q, p, method = moving("coupled", 3)
+    options = {"dt": 0.05, "steps": 4, "method": method}
+    fast = integrate(system, q, p, compile=True, **options)
+    said = "uncompiled: no native kernel, for it uses aten.sort"
+    assert f"gauss6 for Hamiltonian runs {said}" in capfd.readouterr().err
+    assert engine.engine_of(system, q, p, METHODS[method]).startswith(said)
+    agree(fast, integrate(system, q, p, **options), 0.0)
 
 
 # ---------------------------------------------------------------- expressions

@@ -17,6 +17,7 @@ from integrator_cases import (
     start,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from darboux._checks import ConvergenceError
 from darboux.integrators import METHODS, Separable, Split, integrate, lattice
@@ -231,6 +232,50 @@ def test_memory_does_not_grow_with_the_steps(on_lattice):
 
     (few, _), (many, _) = cost(20), cost(1500)
     assert many <= few + 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follow the storages that operations make, whatever the allocator does with freed ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.alive:
+                self.follow(x.untyped_storage())
+        return out
+
+    def follow(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(_):
+            self.now -= size
+            del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def test_live_tensors_do_not_grow_with_the_steps():
+    mu = torch.tensor(1.1, dtype=F64, requires_grad=True)
+    q, p = (x.expand(50, 2).clone().requires_grad_() for x in perihelion(0.2))
+
+    def peak(adjoint, steps):
+        with LiveBytes() as meter:
+            run = integrate(
+                kepler(mu), q, p, dt=0.01, steps=steps, save_every=steps, adjoint=adjoint
+            )
+            torch.autograd.grad(run.q[-1].square().sum(), (q, p, mu))
+        return meter.peak
+
+    assert peak("reversible", 1000) <= 1.5 * peak("reversible", 20)
+    # That the meter would see a state kept in every step:
+    assert peak("autograd", 200) > 5 * peak("autograd", 20)
 
 
 # --- The lattice ------------------------------------------------------------------------------
