@@ -2,7 +2,7 @@
 
 Bring a metric (a formula, an embedding, a neural network) and get curvature, geodesics,
 ``exp``, ``log``, distance and parallel transport, batched and differentiable, and symplectic
-simulation with an audit of what it conserves.
+simulation with an audit of what it conserves, and Laplace-Beltrami spectra with gradients.
 """
 
 from darboux import flows, integrators, manifolds, plotting
@@ -21,6 +21,8 @@ from darboux.manifolds import (
     Sphere,
     TorusOfRevolution,
 )
+from darboux.manifolds.mesh import Mesh
+from darboux.manifolds.spectral import eigenpairs, laplacian, perturb
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,7 @@ __all__ = [
     "Hamiltonian",
     "Hyperbolic",
     "Manifold",
+    "Mesh",
     "Product",
     "Pullback",
     "Separable",
@@ -41,11 +44,14 @@ __all__ = [
     "TorusOfRevolution",
     "Trajectory",
     "__version__",
+    "eigenpairs",
     "flows",
     "geodesic_flow",
     "integrate",
     "integrators",
+    "laplacian",
     "manifolds",
+    "perturb",
     "plotting",
     "unchecked",
 ]
