@@ -191,7 +191,7 @@ def lowest(
     total = wanted + spare
     allowed = np.full(total, tolerance)
     allowed[wanted:] *= 1e3
-    made, check = 0, least
+    made, check, before = 0, least, None
     while True:
         lanczos.extend()
         made += 1
@@ -200,10 +200,13 @@ def lowest(
             continue
         theta, y, residual = lanczos.ritz()
         relative = residual / np.abs(theta)
-        # The last wanted pair loses digits at a steady rate: look again when it may be done.
-        check = made + 2
-        if (relative[:total] <= allowed).all() or made >= steps:
+        far = np.log(max(float((relative[:total] / allowed).max()), 1e-300))
+        if far <= 0 or made >= steps:
             return theta, y, relative, made
+        # The last pair loses digits at a steady rate: look again when it may be done.
+        rate = (before[1] - far) / (made - before[0]) if before else far / 2
+        check = made + max(1, min(int(far / rate), 8)) if rate > 0 else made + 2
+        before = made, far
         if full:
             kept = min(total + (limit - total) // 3, lanczos.size)
             lanczos.restart(theta[:kept], y[:, :kept])
