@@ -12,6 +12,7 @@ from darboux.manifolds.spectral.bumps import (
     low_rank_elements,
     periodised,
 )
+from darboux.manifolds.spectral.connection import connection_laplacian
 from darboux.manifolds.spectral.eigen import Spectrum, eigenpairs
 from darboux.manifolds.spectral.exact import exact_spectrum
 from darboux.manifolds.spectral.families import derivatives, track
@@ -19,6 +20,17 @@ from darboux.manifolds.spectral.finite_elements import stiffness_mass
 from darboux.manifolds.spectral.functions import apply, diagonal, kernel, projector, trace
 from darboux.manifolds.spectral.graphs import graph_laplacian, point_cloud_laplacian
 from darboux.manifolds.spectral.harmonics import Harmonics
+from darboux.manifolds.spectral.heat_method import divergence, geodesic_distance, gradient
+from darboux.manifolds.spectral.hodge import exterior_derivative, hodge_laplacian
+from darboux.manifolds.spectral.kernels import (
+    diffuse,
+    diffusion_distance,
+    heat_kernel,
+    heat_kernel_signature,
+    heat_trace,
+    spectral_filter,
+    wave_kernel_signature,
+)
 from darboux.manifolds.spectral.laplacian import laplacian
 from darboux.manifolds.spectral.operator import Operator, Pattern, Sparse
 from darboux.manifolds.spectral.perturbation import (
@@ -44,15 +56,26 @@ __all__ = [
     "StreamingSpectrum",
     "apply",
     "bump_elements",
+    "connection_laplacian",
     "davis_kahan",
     "derivatives",
     "diagonal",
+    "diffuse",
+    "diffusion_distance",
+    "divergence",
     "eigenpairs",
     "enclose",
     "exact_spectrum",
+    "exterior_derivative",
     "form_bounds",
     "galerkin",
+    "geodesic_distance",
+    "gradient",
     "graph_laplacian",
+    "heat_kernel",
+    "heat_kernel_signature",
+    "heat_trace",
+    "hodge_laplacian",
     "kato_temple",
     "kernel",
     "laplacian",
@@ -64,8 +87,10 @@ __all__ = [
     "rank_one",
     "rayleigh_ritz",
     "schrieffer_wolff",
+    "spectral_filter",
     "stiffness_mass",
     "trace",
     "track",
+    "wave_kernel_signature",
     "weyl",
 ]

@@ -42,9 +42,13 @@ class Pencil:
         self.factor: Factor
 
     def start(self, k: int) -> None:
-        """Factor at a first guess: below the potential, if K has one, by a part of λ_k."""
-        below = (self.stiffness.sum(1) / self.mass.diagonal()).min()
-        self.shift(min(float(below), 0.0), 0.05 * self.scale * k)
+        """Factor at a first guess: below zero, or the potential if K has one, by a part of λ_k."""
+        step = 0.05 * self.scale * k
+        try:
+            self.factor = factorise(self.stiffness, self.mass, -step, self.method)
+        except GeometryError:
+            below = (self.stiffness.sum(1) / self.mass.diagonal()).min()
+            self.shift(min(float(below), 0.0), step)
 
     def shift(self, base: float, step: float) -> None:
         """Factor at ``base - step``, or as much further down as positive definiteness asks."""
