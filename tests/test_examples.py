@@ -25,6 +25,7 @@ def example(monkeypatch):
     """Import an example as its neighbours do; where nothing can be drawn, let it draw nothing."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     names = ("torus_geodesics", "digits_latent", "outer_solar_system", "henon_heiles", "main_job")
+    names += ("drum_shapes",)
 
     def load(name):
         module = importlib.import_module(name)
@@ -45,7 +46,9 @@ def check_files(files: list[Path], names: set[str]) -> None:
     for file in files:
         start = file.read_bytes()[:200]
         assert file.stat().st_size > 20_000
-        assert start.startswith(b"\x89PNG") if file.suffix == ".png" else b"<html" in start.lower()
+        heads = {".png": b"\x89PNG", ".gif": b"GIF89a"}
+        whole = heads.get(file.suffix, b"") == start[: len(heads.get(file.suffix, b""))]
+        assert whole if file.suffix in heads else b"<html" in start.lower()
 
 
 def test_torus_geodesics(example, tmp_path, capsys):
@@ -90,6 +93,23 @@ def test_henon_heiles(example, tmp_path):
     assert result.off_section < 1e-15
     assert result.energy_error < 1e-9
     check_files(result.files, {f"henon_heiles_1_{n}.png" for n in (12, 8, 6)})
+
+
+def test_drum_shapes(example, tmp_path):
+    result = example("drum_shapes").main(tmp_path, quick=True)
+    assert result.errors["unit sphere"] < 1e-5
+    assert max(result.errors.values()) < 2e-3
+    # Gordon, Webb & Wolpert: equal; Driscoll (1997): 2.53794399980, from above by min-max
+    assert result.drum_difference < 1e-10
+    assert 2.53794 < result.drum_first < 2.56
+    assert all(1 < count <= k + 2 for k, count in enumerate(result.domains))  # Courant
+    assert result.torus.tolist() == pytest.approx([2, 0.8], abs=1e-7)
+    assert result.ellipsoid.tolist() == pytest.approx([1, 1.2, 1.5], abs=1e-7)
+    # Eswarathasan & Kolokolnikov (2021): -12/5, -4/5 (twice) for l = 1
+    assert result.coefficients[1, 1:4].tolist() == pytest.approx([-2.4, -0.8, -0.8], abs=1e-9)
+    assert result.coefficients[2, 1].item() == pytest.approx(1574 / 875, abs=1e-7)
+    assert 0.9 < result.crossing < 1.0  # between l = 2 and l = 3
+    check_files(result.files, {"drums.png", "nodal_lines.png", "spheroid.png", "heat.gif"})
 
 
 def test_main_job_lists_what_it_wrote(example, tmp_path, capsys, monkeypatch):
