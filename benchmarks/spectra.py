@@ -32,7 +32,7 @@ import darboux as dx  # noqa: E402
 from darboux.manifolds.mesh import Mesh, icosphere, to_sphere, torus_mesh  # noqa: E402
 from darboux.manifolds.spectral import Fourier, exact_spectrum  # noqa: E402
 
-TORUS = {"R": 2.0, "r": 0.8}
+RADII = 2.0, 0.8  # of the torus
 COUNTED = 50  # eigenvalues compared with the exact ones, zero included
 
 
@@ -40,7 +40,7 @@ def surfaces(large: bool) -> list[tuple[str, Mesh]]:
     """Return meshes of the unit sphere and of a torus of revolution."""
     made = [("sphere", icosphere(level)) for level in ((5, 6, 7) if large else (5, 6))]
     for n, m in ((160, 64), (320, 128), (640, 256))[: 3 if large else 2]:
-        made.append(("torus", torus_mesh(**TORUS, n=n, m=m)))
+        made.append(("torus", torus_mesh(*RADII, n=n, m=m)))
     return made
 
 
@@ -48,7 +48,7 @@ def exact(surface: str) -> Tensor:
     """Return the lowest eigenvalues: in closed form, or by Fourier functions to 1e-11."""
     if surface == "sphere":
         return exact_spectrum("sphere", COUNTED)
-    fine = dx.laplacian(dx.TorusOfRevolution(**TORUS), Fourier(12))
+    fine = dx.laplacian(dx.TorusOfRevolution(*RADII), Fourier(12))
     return dx.eigenpairs(fine, COUNTED).values
 
 
@@ -66,7 +66,7 @@ def contenders(mesh: Mesh, k: int) -> dict[str, Callable[[], Any]]:
         "darboux, no certificate": lambda: ours(certify=False),
     }
     try:
-        import lapy
+        import lapy  # pyright: ignore[reportMissingImports]
 
         def by_lapy() -> Any:
             solver = lapy.Solver(lapy.TriaMesh(x, cells), use_cholmod=True)
@@ -92,7 +92,7 @@ def contenders(mesh: Mesh, k: int) -> dict[str, Callable[[], Any]]:
     except ImportError:
         print("robust-laplacian is not installed: its rows are left out", file=sys.stderr)
     try:
-        import igl
+        import igl  # pyright: ignore[reportMissingImports]
 
         def by_igl() -> Any:
             mass = igl.massmatrix(x, cells, igl.MASSMATRIX_TYPE_VORONOI)
@@ -145,7 +145,7 @@ def same_elements(large: bool, repeat: int) -> None:
 def equal_accuracy(repeat: int) -> None:
     """Print what the accuracy of linear elements on 40,000 vertices costs otherwise."""
     rows = []
-    round_, turned = icosphere(6), torus_mesh(**TORUS, n=320, m=128)
+    round_, turned = icosphere(6), torus_mesh(*RADII, n=320, m=128)
     choices: dict[str, tuple[Mesh, dict[str, Callable[[], Any]]]] = {
         "sphere": (
             round_,
@@ -167,12 +167,12 @@ def equal_accuracy(repeat: int) -> None:
             {
                 "darboux, 169 Fourier functions": lambda: (
                     dx.eigenpairs(
-                        dx.laplacian(dx.TorusOfRevolution(**TORUS), Fourier(6)), COUNTED
+                        dx.laplacian(dx.TorusOfRevolution(*RADII), Fourier(6)), COUNTED
                     ).values
                 ),
                 "darboux, 289 Fourier functions": lambda: (
                     dx.eigenpairs(
-                        dx.laplacian(dx.TorusOfRevolution(**TORUS), Fourier(8)), COUNTED
+                        dx.laplacian(dx.TorusOfRevolution(*RADII), Fourier(8)), COUNTED
                     ).values
                 ),
             },
@@ -209,7 +209,7 @@ def gradient(repeat: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--large", action="store_true", help="160,000 vertices too")
     options = parser.parse_args()
