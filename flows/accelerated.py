@@ -203,9 +203,10 @@ def langevin(
     r"""Add noise to the flow of ``energy``, which then needs no entropy of its own.
 
     Without ``friction`` overdamped, :math:`dx = u\,dt + \sqrt{2T}\,dB`, by Euler steps. With
-    :class:`KalmanW2` affine-invariant, :math:`dx = Gu\,dt + T\frac{d + 1}N(x - m)dt
-    + \sqrt{2TG}\,dB`; the second term corrects for finitely many particles (Garbuno-Inigo,
-    Nuesken and Reich 2020). With ``friction`` underdamped, by :func:`baoab_step` on R^d.
+    :class:`KalmanW2` affine-invariant, :math:`dx_i = Gu_i\,dt + T(d + 1)w_i(x_i - m)dt
+    + \sqrt{2TG}\,dB_i`; the second term, the divergence of ``G`` in :math:`x_i`, corrects for
+    finitely many particles (Garbuno-Inigo, Nuesken and Reich 2020). With ``friction``
+    underdamped, by :func:`baoab_step` on R^d.
     """
     where = "langevin"
     x, w, metric = _start(where, x, w, metric, dt, steps, save_every)
@@ -225,7 +226,7 @@ def langevin(
     record = _Record(energy, record_energy, x)
     record.add(0.0, x, w, v)
     force = energy._velocity(x, w) if friction is not None else x
-    n, d = x.shape[-2:]
+    d = x.shape[-1]
     for k in range(1, steps + 1):
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         if friction is not None:
@@ -239,8 +240,17 @@ def langevin(
             if kalman:
                 m, S = gaussian.moments(x, w)
                 G = S + metric.ridge * gaussian.eye_like(S)  # pyright: ignore
-                drift = drift + dt * temperature * (d + 1) / n * (x - m.unsqueeze(-2))
-                noise = noise @ torch.linalg.cholesky_ex(G)[0].mT
+                own = (d + 1) * w.unsqueeze(-1) * (x - m.unsqueeze(-2))
+                drift = drift + dt * temperature * own
+                factor, info = torch.linalg.cholesky_ex(G)
+                _checks.check_that(
+                    where,
+                    lambda info=info: info == 0,
+                    "the covariance of the particles is singular, expected more than d of them or "
+                    "a ridge",
+                    _checks.GeometryError,
+                )
+                noise = noise @ factor.mT
             if metric.manifold is None:
                 x = x + drift + noise
             else:

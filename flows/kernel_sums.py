@@ -22,6 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from darboux import _checks
+from darboux.flows._blocks import self_sum
 
 _BLOCK = 1 << 21  # entries of a block of rows: 16 MiB in float64
 _ABSENT = -1e9  # the log weight of a particle of weight zero; -inf would give 0 * inf in gradients
@@ -102,9 +103,6 @@ def attend_plainly(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """Return the same as :func:`attend` by its formula, in blocks of rows; any derivative."""
-    if causal:
-        n, m = q.shape[-2], k.shape[-2]
-        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])
 
@@ -112,9 +110,16 @@ def attend_plainly(
         logits = part @ k.mT
         if mask is not None:
             logits = logits.masked_fill(~mask[..., start : start + part.shape[-2], :], -torch.inf)
+        if causal:
+            logits = logits.masked_fill(~_before(part, k, start), -torch.inf)
         return logits.softmax(-1) @ v
 
     return by_rows(rows, q, k.shape[-2] * max(1, k[..., 0, 0].numel()))
+
+
+def _before(part: Tensor, k: Tensor, start: int) -> Tensor:
+    i = torch.arange(start, start + part.shape[-2], device=k.device)
+    return torch.arange(k.shape[-2], device=k.device) <= i.unsqueeze(-1)
 
 
 def by_rows(f: Callable[[Tensor, int], Tensor], x: Tensor, row: int) -> Tensor:
@@ -141,13 +146,16 @@ def by_rows(f: Callable[[Tensor, int], Tensor], x: Tensor, row: int) -> Tensor:
 # -- sums of exponentials ------------------------------------------------------------------
 
 
-def exp_sum(q: Tensor, k: Tensor, v: Tensor, reference: Tensor | None = None) -> Tensor:
+def exp_sum(
+    q: Tensor, k: Tensor, v: Tensor, reference: Tensor | None = None, causal: bool = False
+) -> Tensor:
     r"""Return :math:`\sum_j e^{q_i \cdot k_j - c_i}\,v_j` with ``c = reference (..., N)``, or 0.
 
     Accurate to round-off of the largest of 1 and :math:`\sum_j e^{q_i \cdot k_j - c_i}`: the key
-    of logit ``c_i`` gives the sum of exponentials, and the mean times it is the sum.
+    of logit ``c_i`` gives the sum of exponentials, and the mean times it is the sum. ``causal``
+    sums over ``j <= i``.
     """
-    out, total = _referenced(q, k, v, reference)
+    out, total = _referenced(q, k, v, reference, causal)
     return out / total
 
 
@@ -157,47 +165,94 @@ def log_sum(q: Tensor, k: Tensor, reference: Tensor | None = None) -> Tensor:
     ``reference`` is a guess of the result to within 50 in float32, 500 in float64; without one
     it is found by a pass of its own. It is no part of any derivative.
     """
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if reference is None:
+        if _has_log_sums(q) and recorded and not k.requires_grad:
+            found = _LogSum.apply(q, k)
+            assert isinstance(found, Tensor)
+            return found
         reference = _log_sum_values(q, k)
+        if not recorded and not _checks.in_transform():
+            return reference
     out, total = _referenced(q, k, torch.ones_like(k[..., :1]), reference)
     tiny = torch.finfo(q.dtype).tiny
     return (out / total).squeeze(-1).clamp_min(tiny).log() + reference
 
 
-def _referenced(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+def _referenced(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
     # v (..., M, c) -> the mean over all keys and the reference key, and the latter's share
     if c is None:
         c = q.new_zeros(())
     extra = c.detach().expand(q.shape[:-1]).unsqueeze(-1)
     q = torch.cat([q, extra], -1)
-    k = pad(pad(k, (0, 1)), (0, 0, 0, 1))  # a zero key ...
+    where, row = (0, (1, 0)) if causal else (-1, (0, 1))  # the first key, so that all see it
+    if causal:
+        q = pad(q, (0, 0, 1, 0))
+    k = pad(pad(k, (0, 1)), (0, 0, *row))  # a zero key ...
     mark = torch.zeros(k.shape[-2:], dtype=k.dtype, device=k.device)
-    mark[-1, -1] = 1.0
+    mark[where, -1] = 1.0
     k = k + mark  # ... that meets only c
-    v = pad(pad(v, (0, 1)), (0, 0, 0, 1))
+    v = pad(pad(v, (0, 1)), (0, 0, *row))
     flag = torch.zeros(v.shape[-2:], dtype=v.dtype, device=v.device)
-    flag[-1, -1] = 1.0
-    out = attend(q, k, v + flag)
+    flag[where, -1] = 1.0
+    out = attend(q, k, v + flag, causal=causal)
+    out = out[..., 1:, :] if causal else out
     return out[..., :-1], out[..., -1:].clamp_min(torch.finfo(q.dtype).tiny)
 
 
-def _log_sum_values(q: Tensor, k: Tensor) -> Tensor:
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def _has_log_sums(q: Tensor) -> bool:
+    return _FLASH is not None and q.device.type == "cpu" and not _checks.in_transform()
+
+
+def _flash(q: Tensor, k: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the mean of the keys and the log sum of exponentials of one pass; no graph."""
+    assert _FLASH is not None
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    e = q.shape[-1]
+    width = -(-e // 8) * 8
+    q, k = (
+        pad(x.detach().expand(*lead, *x.shape[-2:]).reshape(-1, 1, *x.shape[-2:]), (0, width - e))
+        for x in (q, k)
+    )
+    with torch.no_grad():
+        mean, found = _FLASH(q, k, k, 0.0, causal, scale=1.0)
+    n = q.shape[-2]
+    return mean[..., :e].reshape(*lead, n, e), found.to(q.dtype).reshape(*lead, n)
+
+
+class _LogSum(torch.autograd.Function):
+    """The log sum with the mean key, its derivative in ``q``, from the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        mean, found = _flash(q, k)
+        ctx.save_for_backward(q, k, mean)
+        ctx.lead = found.shape[:-1]
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        q, k, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            mean = attend(q, k, k)
+        return (grads[0].unsqueeze(-1) * mean).sum_to_size(q.shape), None
+
+
+def _log_sum_values(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     """Return log sum exp of the logits as plain numbers, cut off from every graph."""
     q, k = q.detach(), k.detach()
-    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if op is not None and q.device.type == "cpu" and not _checks.in_transform():
-        lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
-        width = -(-q.shape[-1] // 8) * 8
-        q, k = (
-            pad(x.expand(*lead, *x.shape[-2:]).reshape(-1, 1, *x.shape[-2:]), (0, width - e))
-            for x, e in ((q, q.shape[-1]), (k, k.shape[-1]))
-        )
-        with torch.no_grad():
-            found = op(q, k, k, 0.0, False, scale=1.0)[1]
-        return found.to(q.dtype).reshape(*lead, -1)
+    if _has_log_sums(q):
+        return _flash(q, k, causal)[1]
 
     def rows(part: Tensor, start: int) -> Tensor:
         logits = part @ k.mT
+        if causal:
+            logits = logits.masked_fill(~_before(part, k, start), -torch.inf)
         top = logits.amax(-1, keepdim=True)
         return top + safe_exp(logits - top).sum(-1, keepdim=True).log()
 
@@ -244,7 +299,13 @@ def log_weights(w: Tensor) -> Tensor:
 
 
 def gaussian_sum(x: Tensor, y: Tensor, b: Tensor, h: Tensor) -> Tensor:
-    r"""Return :math:`\sum_j e^{-|x_i - y_j|^2/2h}\,b_j`; weights go into ``b``, signs are free."""
+    r"""Return :math:`\sum_j e^{-|x_i - y_j|^2/2h}\,b_j`; weights go into ``b``, signs are free.
+
+    Where ``x is y`` on a CPU every pair is met once: faster still.
+    """
+    if x is y and x.device.type == "cpu" and not _checks.in_transform():
+        z = x - x.mean(-2, keepdim=True).detach()  # or logits would cancel far from the origin
+        return self_sum(z / h.sqrt()[..., None, None], b)
     return exp_sum(*gaussian_logits(x, y, h), b)
 
 

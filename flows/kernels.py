@@ -110,7 +110,8 @@ class Gaussian(Kernel):
         # centred, or sum(w k) x - sum(w k y) cancels far from the origin
         h = self.width(y)
         centre = y.mean(-2, keepdim=True).detach()
-        x, y = x - centre, y - centre
+        own, y = x is y, y - centre
+        x = y if own else x - centre
         w = w.unsqueeze(-1)
         s = kernel_sums.gaussian_sum(x, y, torch.cat([w * y, w.expand(*y.shape[:-1], 1)], -1), h)
         return (s[..., :-1] - s[..., -1:] * x) / h[..., None, None]

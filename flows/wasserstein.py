@@ -16,7 +16,7 @@ from torch import Tensor
 
 from darboux import _autodiff, _checks
 from darboux._checks import ConvergenceError
-from darboux.flows import _stepping, gaussian, kernels
+from darboux.flows import _stepping, gaussian, kernels, proximal
 from darboux.flows.energies import KL, Energy, Entropy, Sum, check_particles
 from darboux.manifolds import Manifold
 
@@ -224,8 +224,9 @@ def gradient_flow(
 ) -> ParticleFlow:
     r"""Follow the gradient flow of ``energy`` for ``steps`` steps of ``dt``; differentiable.
 
-    ``method``: ``"euler"``, ``"heun"``, ``"rk4"``, or ``"adaptive"`` (order 3(2)), which
-    divides each ``dt`` as the tolerances ask. On a manifold ``"euler"`` steps along geodesics and
+    ``method``: ``"euler"``, ``"heun"``, ``"rk4"``; ``"adaptive"`` (order 3(2)), which divides
+    each ``dt`` as the tolerances ask; or ``"jko"``, for W2 on R^d and exact energies, implicit
+    of order 1 and stable for every ``dt``. On a manifold ``"euler"`` steps along geodesics and
     is the only one. Raises ``ConvergenceError`` where the particles leave every bound, with the
     ``trajectory`` so far and the step that is stable.
 
@@ -236,11 +237,16 @@ def gradient_flow(
     """
     where = "gradient_flow"
     x, w, metric = _start(where, x, w, metric, dt, steps, save_every)
-    if method not in _stepping.TABLEAUS:
-        raise ValueError(f"{where}: unknown method {method!r}, expected {[*_stepping.TABLEAUS]}")
+    methods = [*_stepping.TABLEAUS, "jko"]
+    if method not in methods:
+        raise ValueError(f"{where}: unknown method {method!r}, expected one of {methods}")
+    if method == "jko" and not isinstance(metric, W2):
+        raise ValueError(
+            f"{where}: method is 'jko' with {type(metric).__name__}, expected the metric W2"
+        )
     if metric.manifold is not None and method != "euler":
         raise ValueError(f"{where}: method is {method!r}, expected 'euler' on a manifold")
-    table = _stepping.TABLEAUS[method]
+    table = _stepping.TABLEAUS["euler" if method == "jko" else method]
     weighs = isinstance(metric, FisherRao)
 
     def field(_: float, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -251,7 +257,9 @@ def gradient_flow(
     record, part = _Record(energy, record_energy, x), dt
     record.add(0.0, x, w)
     for k in range(1, steps + 1):
-        if table.error is not None:
+        if method == "jko":
+            x = proximal.jko_step(energy, x, dt, w=w)
+        elif table.error is not None:
             (x, w), part = _adaptively(table, field, (x, w), dt, part, rtol, atol)
         elif metric.manifold is None:
             x, w = _stepping.step(table, field, 0.0, (x, w), dt)[0]

@@ -57,7 +57,7 @@ def test_velocity_is_minus_n_times_the_gradient(name, w):
     assert abs(float((slope - (g * e).sum()).detach())) <= 1e-7 * (1 + abs(float(slope.detach())))
 
 
-@pytest.mark.parametrize("name", [n for n in ENERGIES if n != "sliced"])
+@pytest.mark.parametrize("name", ENERGIES)
 def test_the_variation_is_the_derivative_in_the_weights(name):
     # along changes of weight that keep the mass
     energy, e = ENERGIES[name], draw(7, seed=5)
@@ -225,12 +225,14 @@ def test_bad_weights_are_refused(w, error):
 
 
 @pytest.mark.parametrize(
-    "name", ["interaction", "log", "gaussian", "power", "mmd", "mmd_imq", "sum"]
+    "name",
+    ["interaction", "log", "gaussian", "power", "mmd", "mmd_imq", "energy_distance", "sliced"],
 )
 def test_gradcheck_of_velocities_in_particles_and_weights(name):
-    energy, w = ENERGIES[name], torch.tensor([0.3, 0.1, 0.2, 0.4], dtype=F64)
+    energy, w = ENERGIES[name], torch.tensor([0.31, 0.12, 0.23, 0.34], dtype=F64)
     inputs = [X[:4].clone().requires_grad_(), w.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda x, w: energy._velocity(x, w), inputs)
+    # a law: the sliced distance has a kink where masses differ
+    assert torch.autograd.gradcheck(lambda x, w: energy._velocity(x, w / w.sum()), inputs)
     both = torch.stack([X[:4], X[3:]])
     batch = torch.func.vmap(energy.velocity)(both)
     assert torch.allclose(batch[1], energy.velocity(X[3:]), atol=1e-12)

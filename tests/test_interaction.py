@@ -249,3 +249,31 @@ def test_bad_input_is_refused(kwargs, match):
     x = draw(3, 2)
     with pytest.raises(ValueError, match=match):
         attention(x, x, x, **kwargs)
+
+
+@pytest.mark.parametrize("norm", ["sum", "linear"])
+def test_causal_attention_needs_no_matrix_of_pairs(norm):
+    n = 150  # more than two blocks, and a part of one
+    x = 0.5 * draw(2, n, 3)
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    found, expected = [], []
+    for kwargs, out in (({"causal": True}, found), ({"mask": mask}, expected)):
+        options: dict[str, Any] = {"norm": norm, "beta": 3.0, **kwargs}
+        z = x.clone().requires_grad_()
+        y = attention(z, z, z, **options)
+        (g,) = torch.autograd.grad(y.square().sum(), z)
+        batch = torch.func.vmap(lambda x, o=options: attention(x, x, x, **o))(x)
+        out += [y.detach(), g, batch]
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max()) <= 1e-12 * float(b.abs().max())
+    spoiled = x.clone()
+    spoiled[:, 100:] = 1e3  # what comes later does not leak, not even as round-off
+    y = attention(spoiled, spoiled, x, norm=norm, causal=True)
+    clean = attention(x, x, x, norm=norm, causal=True)
+    assert torch.allclose(y[:, :100], clean[:, :100], rtol=1e-13, atol=0)
+    big = torch.zeros(6000, 8).requires_grad_()
+    sizes: list[int] = []
+    pack = lambda t: sizes.append(t.numel()) or t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        attention(big, big, big, norm=norm, causal=True).sum()
+    assert max(sizes, default=0) <= 6000 * 70  # 17 times fewer numbers than pairs

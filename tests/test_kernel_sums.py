@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from darboux.flows import kernel_sums as ks
+from darboux.flows import _blocks, kernel_sums as ks
 from darboux.flows.kernels import (
     Bilinear,
     Distance,
@@ -232,3 +232,29 @@ def test_rules_of_width():
 def test_a_bad_width_is_refused(h):
     with pytest.raises(ValueError, match="bandwidth|rule"):
         Gaussian(h).sum(draw(3, 2), draw(3, 2), draw(3, 1))
+
+
+@pytest.mark.parametrize(("d", "c"), [(2, 3), (3, 9)])  # values expanded into columns, and not
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_sums_of_particles_with_themselves(d, c, lead, monkeypatch):
+    x, b, h = 1e3 + draw(*lead, 23, d), draw(23, c, seed=1), torch.full(lead, 0.7, dtype=F64)
+    inputs = [z.clone().requires_grad_() for z in (x, b, h)]
+    g = draw(*lead, 23, c, seed=2)
+
+    def y_sum(y, x, b, h):
+        return ks.gaussian_sum(x, y, b, h)
+
+    def run(y, x, b, h):
+        s = y_sum(y(x), x, b, h)
+        first = torch.autograd.grad((g * s).sum(), [x, b, h], create_graph=True)
+        length = torch.stack([z.square().sum() for z in first]).sum()
+        second = torch.autograd.grad(length, [x, b, h])
+        plain = torch.autograd.grad((g * y_sum(y(x), x, b, h)).sum(), [x, b, h])
+        return [s, *plain, *second]
+
+    expected = run(lambda x: x.view_as(x), *inputs)  # another object: the path of any two sets
+    for block in (1 << 20, 8 * 49):  # one block; blocks of seven, one problem at a time
+        monkeypatch.setattr(_blocks, "_BYTES", block)
+        for found, value in zip(run(lambda x: x, *inputs), expected, strict=True):
+            found, value = found.detach(), value.detach()
+            assert float((found - value).abs().max()) <= 1e-10 * (1 + float(value.abs().max()))
