@@ -94,7 +94,8 @@ class MethodsTable(SphinxDirective):
 
 def warn_of_undocumented(app: Sphinx, env: BuildEnvironment) -> None:
     """Warn of every public name that the reference leaves out."""
-    found = set(env.domains.python_domain.objects)
+    domain = env.domains.python_domain
+    found = {*domain.objects, *domain.modules}
     for package in (manifolds, manifolds.spectral, manifolds.mesh, integrators, flows):
         for name in package.__all__:
             full = f"{package.__name__}.{name}"
