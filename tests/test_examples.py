@@ -1,6 +1,7 @@
 """Each example runs with small settings, and one number of each is what the literature says."""
 
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def example(monkeypatch):
     """Import an example as its neighbours do; where nothing can be drawn, let it draw nothing."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     names = ("torus_geodesics", "digits_latent", "outer_solar_system", "henon_heiles", "main_job")
-    names += ("drum_shapes",)
+    names += ("drum_shapes", "metric_flows", "particle_flows")
 
     def load(name):
         module = importlib.import_module(name)
@@ -110,6 +111,44 @@ def test_drum_shapes(example, tmp_path):
     assert result.coefficients[2, 1].item() == pytest.approx(1574 / 875, abs=1e-7)
     assert 0.9 < result.crossing < 1.0  # between l = 2 and l = 3
     check_files(result.files, {"drums.png", "nodal_lines.png", "spheroid.png", "heat.gif"})
+
+
+def test_metric_flows(example, tmp_path):
+    result = example("metric_flows").main(tmp_path, quick=True)
+    assert max(result.errors.values()) < 1e-7
+    # Angenent & Knopf (2004): close to its pinch a neck is a cylinder, r^2 = 2 (n - 1) (T - t)
+    time, place = result.pinches["ring"]
+    assert place == pytest.approx(math.pi, abs=1e-6)  # by symmetry
+    assert 0.35**2 / 2 < time < 0.35**2 / 2 * 1.25
+    assert all(-2 < rate < -1.7 for rate in result.rates.values())
+    start, plain, deturck = result.shares
+    assert deturck < start / 5 < 2 * start < plain
+    assert result.gauss_bonnet < 1e-6
+    assert result.area == pytest.approx(4 * math.pi, rel=1e-9)  # Gauss & Bonnet, genus 2
+    assert result.residual < 1e-10
+    assert result.before[0] < -1 < 1 < result.before[1]
+    euler, flow = result.positive
+    assert euler < flow == 8
+    pictures = ("neck", "neck_rate", "deturck", "deturck_share", "genus2", "disk")
+    check_files(result.files, {f"flows_{name}.png" for name in pictures})
+
+
+def test_particle_flows(example, tmp_path):
+    result = example("particle_flows").main(tmp_path, quick=True)
+    plain, fast = (result.energies[name] for name in ("plain", "accelerated"))
+    assert all(a < b for a, b in zip(fast, plain, strict=True))
+    # the slowest mode of KL falls as e^{-4t}, in steps of 1 / 2 kappa
+    slow, quick = (result.table[100.0][m] for m in ("gradient flow", "Nesterov, restarts"))
+    assert slow >= 2.5 * quick
+    assert result.table[10.0]["gradient flow"] < 50
+    assert result.clusters[0] > 15
+    assert result.clusters[-1] < 10
+    assert result.equiangular < 1e-9
+    assert result.preserved < 1e-10
+    assert result.causal > 0.1
+    check_files(
+        result.files, {"flows_banana.png", "flows_banana_energy.png", "flows_attention.gif"}
+    )
 
 
 def test_main_job_lists_what_it_wrote(example, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_plotting import mesh, needs_gl, picture
 
-from darboux import _plot_spectrum, plotting
+from darboux import _plot_film, _plot_spectrum, plotting
 from darboux.manifolds import mesh as meshes
 from darboux.manifolds.spectral.finite_elements import stiffness_mass
 
@@ -149,12 +149,12 @@ def test_a_film_that_fails_leaves_nothing(tmp_path, monkeypatch):
     sphere = meshes.icosphere(1)
     (tmp_path / "a.gif").write_text("before")
 
-    def broken(name, images, fps):
+    def broken(name, *rest):
         with open(name, "w") as file:
             file.write("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(_plot_spectrum, "_gif", broken)
+    monkeypatch.setattr(_plot_film, "_gif", broken)
     with pytest.raises(OSError, match="disk full"):
         plotting.heat(sphere, sphere.vertices.T, tmp_path / "a.gif", width=64)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]

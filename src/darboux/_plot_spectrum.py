@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from darboux._plot_chart import _chart
+from darboux._plot_film import film_path, write_film
 from darboux._plot_input import PALETTE, color_limits, need, read_names, to_numbers
+from darboux._plot_panels import add_labels, camera_frame, fit, turned
 from darboux._plot_scene import (
     GLOSS,
     INK,
@@ -29,7 +30,6 @@ from darboux.manifolds.spectral.finite_elements import FiniteElements
 from darboux.manifolds.spectral.operator import Operator
 
 HEAT = ("#17203D", "#7A2E6E", "#E2583D", "#FFE08A")  # dark to light, as embers
-Frame = tuple[np.ndarray, np.ndarray, np.ndarray]  # right, up, back: an orthonormal frame
 
 
 # -- functions --------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def functions(
     count = table.shape[1]
     names = read_names(where, labels, count)
     plane = not np.ptp(points[:, 2]) and not relief
-    axes = _camera_frame(direction or ((0.0, 0.0, 1.0) if plane else VIEW))
+    axes = camera_frame(direction or ((0.0, 0.0, 1.0) if plane else VIEW))
     size = float(np.linalg.norm(np.ptp(points, axis=0)))
     sheets = [_sheet(points, triangles, column, relief * size) for column in table.T]
     seen = np.concatenate([sheet.points for sheet in sheets]) @ np.stack(axes).T
@@ -93,25 +93,13 @@ def functions(
             _tubes(plotter, "nodal", _inner_contour(sheet, [0.0]), thick)
         _tubes(plotter, "rim", _rim(sheet), thick)
         feet.append(shift + foot)
-    if names:
-        plotter.add_point_labels(
-            np.array(feet), names, show_points=False, shape=None, font_size=26, text_color=INK,
-            font_file=_font(), bold=False, always_visible=True, reset_camera=False,
-            justification_horizontal="center", justification_vertical="top",
-        )  # fmt: skip
+    add_labels(plotter, np.array(feet), names)
     if fresh:
         seen = np.concatenate([mesh.points for mesh in plotter.meshes]) @ np.stack(axes).T
         low, high = seen.min(0), seen.max(0)
         low[1] -= 0.07 * size if names else 0.0
-        _fit(plotter, axes, low, high, bar=count == 1)
+        fit(plotter, axes, low, high, bar=count == 1)
     return plotter
-
-
-def _font() -> str:
-    """Return the file of a font with Greek letters, which those inside VTK lack."""
-    from matplotlib import get_data_path
-
-    return str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
 def _read_surface(where: str, mesh: Any) -> tuple[np.ndarray, np.ndarray, Callable[[Any], Any]]:
@@ -188,49 +176,6 @@ def _tubes(plotter: Any, kind: str, lines: Any, radius: float) -> None:
         add_mesh(plotter, kind, tubes, color=INK, lighting=False, render=False)
 
 
-# -- the camera -------------------------------------------------------------------------------
-
-
-def _camera_frame(direction: Sequence[float]) -> Frame:
-    back = np.asarray(direction, float) / np.linalg.norm(direction)
-    upward = np.array((0.0, 0.0, 1.0) if abs(back[2]) < 0.999 else (0.0, 1.0, 0.0))
-    right = np.cross(upward, back) / np.linalg.norm(np.cross(upward, back))
-    return right, np.cross(back, right), back
-
-
-def _turned(axes: Frame, angle: float) -> Frame:
-    """Return the frame turned around the vertical axis."""
-    c, s = math.cos(angle), math.sin(angle)
-    turn = np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
-    return turn @ axes[0], turn @ axes[1], turn @ axes[2]
-
-
-def _fit(plotter: Any, axes: Frame, low: np.ndarray, high: np.ndarray, bar: bool = False,
-         width: int = 1400) -> None:  # fmt: skip
-    """Look along the frame in parallel projection at the box ``low, high`` given in it.
-
-    The window takes its shape, with room at the right for a bar.
-    """
-    margin = 0.03 * (high - low)[:2].max()
-    low, high = low - margin, high + margin
-    if bar:
-        high[0] += 0.2 * (high[0] - low[0])
-    across, tall = (high - low)[:2]
-    # even numbers, as films want them
-    pixels = [width, min(max(width * tall / across, 0.35 * width), 1.3 * width)]
-    shape = [2 * math.ceil(p / 2) for p in pixels]
-    if list(plotter.window_size) != shape:
-        plotter.window_size = shape
-    camera, focus = plotter.camera, (low + high) / 2 @ np.stack(axes)
-    camera.focal_point, camera.up = focus, tuple(axes[1])
-    camera.position = focus + 2 * np.linalg.norm(high - low) * axes[2]
-    plotter.enable_parallel_projection()
-    aspect = plotter.window_size[0] / plotter.window_size[1]
-    camera.parallel_scale = max(tall, across / aspect) / 2
-    camera.is_set = True
-    plotter.reset_camera_clipping_range()
-
-
 # -- heat -------------------------------------------------------------------------------------
 
 
@@ -248,14 +193,7 @@ def heat(
     of the size of the mesh, ``lines`` a number of level lines. MP4 needs
     ``pip install darboux[animate]``. The file appears whole or not at all.
     """
-    target = Path(path)
-    write = {".gif": _gif, ".mp4": _mp4}.get(target.suffix)
-    if write is None:
-        raise ValueError(f"heat: {target.name!r} ends in neither .gif nor .mp4")
-    if write is _mp4:
-        _load_ffmpeg()
-    need(1 <= fps <= 50 and width >= 64,
-          f"heat: fps is {fps} and width {width}, expected 1 to 50 and at least 64")  # fmt: skip
+    target = film_path("heat", path, fps, width)
     points, triangles, extend = _read_surface("heat", mesh)
     need(isinstance(frames, Tensor) and frames.dim() == 2 and len(frames),
           f"heat: frames has shape {tuple(getattr(frames, 'shape', ()))}, expected (time, n), "
@@ -267,8 +205,8 @@ def heat(
     bottom, top, signed = color_limits(torch.from_numpy(table))
     limits = clim or (bottom, top)
     plane = not np.ptp(points[:, 2]) and not relief
-    axes = _camera_frame(direction or ((0.0, 0.0, 1.0) if plane else VIEW))
-    views = [_turned(axes, math.radians(turn) * i / len(table)) for i in range(len(table))]
+    axes = camera_frame(direction or ((0.0, 0.0, 1.0) if plane else VIEW))
+    views = [turned(axes, math.radians(turn) * i / len(table)) for i in range(len(table))]
     size = float(np.linalg.norm(np.ptp(points, axis=0)))
     unit = relief * size / max(abs(table).max(), 1e-300)
     look: dict[str, Any] = {"cmap": cmap or (DIVERGING if signed else blend(*HEAT))}
@@ -295,52 +233,12 @@ def heat(
                 _tubes(plotter, "lines", _inner_contour(surface, levels), 0.0018 * size)
             _tubes(plotter, "rim", _rim(surface), 0.0022 * size)
             shift = np.stack(view) @ middle
-            _fit(plotter, view, low + shift, high + shift, width=width)
+            fit(plotter, view, low + shift, high + shift, width=width)
             plotter.render()
             images.append(np.asarray(plotter.screenshot(return_img=True)))
     finally:
         plotter.close()
-    handle, name = tempfile.mkstemp(suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    try:
-        write(name, images, fps)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return target
-
-
-def _gif(name: str, images: list[np.ndarray], fps: int) -> None:
-    from PIL import Image
-
-    # One palette for all frames: with one each, what stands still would flicker.
-    some = np.concatenate([i[::3, ::3] for i in images[:: 1 + len(images) // 8]])
-    palette = Image.fromarray(some).quantize(255, method=Image.Quantize.MAXCOVERAGE)
-    entries = np.array(palette.getpalette()).reshape(-1, 3)
-    entries[(entries > 248).all(1)] = 255  # the background stays white
-    palette.putpalette(entries.ravel().tolist())
-    pages = [Image.fromarray(i).quantize(palette=palette) for i in images]
-    pages[0].save(name, save_all=True, append_images=pages[1:], duration=1000 // fps, loop=0)
-
-
-def _load_ffmpeg() -> Any:
-    try:
-        import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("heat: MP4 needs the extra: pip install darboux[animate]") from error
-    return imageio_ffmpeg
-
-
-def _mp4(name: str, images: list[np.ndarray], fps: int) -> None:
-    height, width = images[0].shape[:2]
-    film = _load_ffmpeg().write_frames(
-        name, (width, height), fps=fps, quality=8, macro_block_size=2, codec="libx264"
-    )
-    film.send(None)
-    for image in images:
-        film.send(np.ascontiguousarray(image))
-    film.close()
+    return write_film(target, images, fps)
 
 
 # -- branches ---------------------------------------------------------------------------------
