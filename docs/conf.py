@@ -11,7 +11,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import darboux
-from darboux import flows, integrators, manifolds
+from darboux import flows, integrators, learners, manifolds
 from darboux.integrators import (
     METHODS,
     Constrained,
@@ -96,7 +96,7 @@ def warn_of_undocumented(app: Sphinx, env: BuildEnvironment) -> None:
     """Warn of every public name that the reference leaves out."""
     domain = env.domains.python_domain
     found = {*domain.objects, *domain.modules}
-    for package in (manifolds, manifolds.spectral, manifolds.mesh, integrators, flows):
+    for package in (manifolds, manifolds.spectral, manifolds.mesh, integrators, flows, learners):
         for name in package.__all__:
             full = f"{package.__name__}.{name}"
             if full not in found:

@@ -15,8 +15,8 @@ and 98.7 % on induction.
 
 Two things decide. A shear of queries *and* keys gives the token before the query the score of the
 target: in recall keys and values look different, which helps, but in induction such a layer guesses
-between two. And the shear multiplies the energy of the keys by :math:`1 + 2\gamma + 2\gamma^2`,
-which costs accuracy at large gamma unless the norm is taken after it, or gamma is -1: a delay.
+between two. And the shear multiplies the energy of the keys by :math:`1 + 2\gamma + 2\gamma^2`:
+large gamma recalls less here, unless the norm is taken after it, or gamma is -1: a delay.
 
 Every run has the same width, data, optimiser and number of steps. Beside the accuracy stands the
 step at which 99 % was reached, and the accuracy on lists longer than any seen in training.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from darboux._checks import check_tensor
 from darboux.integrators import audit
 from darboux.learners.attention import angles, rotate
-from darboux.learners.attention_maps import attention_maps, induction_score, previous_token_score
+from darboux.learners.head_maps import attention_maps, induction_score, previous_token_score
 from darboux.learners.momentum_attention import FilteredAttention, filter_tokens
 
 # -- frequencies --------------------------------------------------------------------------------

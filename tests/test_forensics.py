@@ -10,12 +10,6 @@ from torch import nn
 
 from darboux.integrators import audit
 from darboux.learners.attention import SoftmaxAttention, angles, rotate
-from darboux.learners.attention_maps import (
-    attention_maps,
-    induction_score,
-    previous_token_score,
-    repeated_tokens,
-)
 from darboux.learners.forensics import (
     bode,
     correlation,
@@ -27,6 +21,12 @@ from darboux.learners.forensics import (
     score_terms,
     shear_map,
     unfilter,
+)
+from darboux.learners.head_maps import (
+    attention_maps,
+    induction_score,
+    previous_token_score,
+    repeated_tokens,
 )
 from darboux.learners.momentum_attention import (
     FilteredAttention,

@@ -5,6 +5,8 @@ Bring a metric (a formula, an embedding, a neural network) and get curvature, ge
 simulation with an audit of what it conserves, and Laplace-Beltrami spectra with gradients.
 """
 
+from typing import TYPE_CHECKING
+
 from darboux import flows, integrators, manifolds, plotting
 from darboux._checks import ConvergenceError, GeometryError, unchecked
 from darboux.flows import geodesic_flow
@@ -23,6 +25,9 @@ from darboux.manifolds import (
 )
 from darboux.manifolds.mesh import Mesh
 from darboux.manifolds.spectral import eigenpairs, laplacian, perturb
+
+if TYPE_CHECKING:
+    from darboux import learners
 
 __version__ = "0.1.0"
 
@@ -50,8 +55,18 @@ __all__ = [
     "integrate",
     "integrators",
     "laplacian",
+    "learners",
     "manifolds",
     "perturb",
     "plotting",
     "unchecked",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # sequence models are a fifth of the time to import, and most scripts have none
+    if name == "learners":
+        import importlib
+
+        return importlib.import_module("darboux.learners")
+    raise AttributeError(f"module 'darboux' has no attribute {name!r}")

@@ -1,0 +1,667 @@
+"""The native kernel of a head's motion: forward and hand-written backward, compiled once a shape.
+
+Eight sequences move together, one in each lane of a vector; a unit of work is such a group and one
+head, or all heads where they are coupled. The forward pass stores the path and nothing else; the
+backward pass computes the rest again from the state before each step. The reference is
+:class:`~darboux.learners.heads.Motion`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from darboux.integrators import _native
+from darboux.integrators._kernels import HEADER
+from darboux.learners.recurrence import State
+
+_LANES = 8
+_SCALARS = {torch.float64: "double", torch.float32: "float"}
+
+# E numbers a head, HEADS heads a unit, N = E HEADS; SIZE rank of the potential or the low rank or
+# width of the networks; RANK rank of the coupling (0: none).
+_COMMON = r"""
+enum { N = E * HEADS, WIDE = PERIODIC ? 2 * N : N };
+INLINE V tanh_of(V x) {
+  if (sizeof(T) == 8) return f_tanh(x);
+  // the rational approximation of Eigen, a few ulp in single precision
+  const T most = T(7.90531110763549805);
+  x = sel(x > most, splat(most), sel(x < -most, splat(-most), x));
+  V z = x * x;
+  V p = T(-2.76076847742355e-16) * z + T(2.00018790482477e-13);
+  p = p * z + T(-8.60467152213735e-11);
+  p = p * z + T(5.12229709037114e-08);
+  p = p * z + T(1.48572235717979e-05);
+  p = p * z + T(6.37261928875436e-04);
+  p = p * z + T(4.89352455891786e-03);
+  V q = T(1.19825839466702e-06) * z + T(1.18534705686654e-04);
+  q = q * z + T(2.26843463243900e-03);
+  q = q * z + T(4.89352518554385e-03);
+  return x * p / q;
+}
+INLINE V wrap(V x) {
+  if (!PERIODIC) return x;
+  V turns = x * T(1.0 / PERIOD);
+  V whole = __builtin_convertvector(__builtin_convertvector(turns, M), V);
+  return x - T(PERIOD) * (whole - sel(whole > turns, splat(T(1)), V{}));
+}
+INLINE void transpose(V *r) {
+#define SWAP(i, j, lo, hi) { V a = r[i], b = r[j]; r[i] = lo; r[j] = hi; }
+#define ONE(i, j) SWAP(i, j, __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14), \
+                             __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15))
+#define TWO(i, j) SWAP(i, j, __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13), \
+                             __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15))
+#define FOUR(i, j) SWAP(i, j, __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11), \
+                              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15))
+  ONE(0, 1) ONE(2, 3) ONE(4, 5) ONE(6, 7)
+  TWO(0, 2) TWO(1, 3) TWO(4, 6) TWO(5, 7)
+  FOUR(0, 4) FOUR(1, 5) FOUR(2, 6) FOUR(3, 7)
+}
+// N numbers of each of eight rows, one row a lane
+INLINE void read(V *to, const T *x, long row, long valid) {
+  int i = 0;
+  for (; i + 8 <= N; i += 8) {
+    for (int l = 0; l < L; ++l)
+      __builtin_memcpy(&to[i + l], x + (l < valid ? l : valid - 1) * row + i, sizeof(V));
+    transpose(to + i);
+  }
+  for (; i < N; ++i)
+    for (int l = 0; l < L; ++l) to[i][l] = x[(l < valid ? l : valid - 1) * row + i];
+}
+INLINE void write(T *x, const V *from, long row, long valid) {
+  int i = 0;
+  for (; i + 8 <= N; i += 8) {
+    V r[8];
+    for (int l = 0; l < L; ++l) r[l] = from[i + l];
+    transpose(r);
+    for (int l = 0; l < L; ++l)
+      if (l < valid) __builtin_memcpy(x + l * row + i, &r[l], sizeof(V));
+  }
+  for (; i < N; ++i)
+    for (int l = 0; l < L; ++l)
+      if (l < valid) x[l * row + i] = from[i][l];
+}
+template <int R, int C> INLINE void times(const T *m, const V *x, V *y) {
+  for (int r = 0; r < R; ++r) {
+    V sum{};
+    for (int c = 0; c < C; ++c) sum += m[r * C + c] * x[c];
+    y[r] = sum;
+  }
+}
+template <int R, int C> INLINE void transposed(const T *m, const V *x, V *y) {
+  for (int c = 0; c < C; ++c) y[c] = V{};
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) y[c] += m[r * C + c] * x[r];
+}
+// g += x y^T + z w^T
+template <int R, int C>
+INLINE void outer(V *g, const V *x, const V *y, const V *z, const V *w) {
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) g[r * C + c] += x[r] * y[c] + z[r] * w[c];
+}
+template <int R> INLINE void bent(const T *k, const T *b, const V *x, V *t, int c) {
+  for (int r = 0; r < R; ++r) {
+    V sum = splat(b[r]);
+    for (int i = 0; i < c; ++i) sum += k[r * c + i] * x[i];
+    t[r] = tanh_of(sum);
+  }
+}
+// the gradient of a force -K^T tanh(K x + b): u its cotangent, dx += what x gets
+template <int R, int C>
+INLINE void attract_back(const T *k, const V *t, const V *x, const V *u, V *dx, V *gk, V *gb) {
+  V w[R], z[R], minus[R], back[C];
+  times<R, C>(k, u, w);
+  for (int r = 0; r < R; ++r) {
+    z[r] = -(T(1) - t[r] * t[r]) * w[r];
+    minus[r] = -t[r];
+    gb[r] += z[r];
+  }
+  transposed<R, C>(k, z, back);
+  for (int c = 0; c < C; ++c) dx[c] += back[c];
+  outer<R, C>(gk, minus, u, z, x);
+}
+"""
+
+# Each force: add to f what it is at (q, p); then the slopes. c: its tensors, from this head on.
+_FORCES = {
+    "": "",
+    "potential": r"""
+INLINE void force(const T *const *c, int head, const V *q, const V *p, V *f) {
+  V t[SIZE], y[E];
+  const T *k = c[0] + head * SIZE * E;
+  bent<SIZE>(k, c[1] + head * SIZE, q, t, E);
+  transposed<SIZE, E>(k, t, y);
+  for (int i = 0; i < E; ++i) f[i] -= y[i];
+}
+INLINE void force_back(const T *const *c, V *const *g, int head, const V *q, const V *p,
+                       const V *u, V *dq, V *dp) {
+  V t[SIZE];
+  const T *k = c[0] + head * SIZE * E;
+  bent<SIZE>(k, c[1] + head * SIZE, q, t, E);
+  attract_back<SIZE, E>(k, t, q, u, dq, g[0] + head * SIZE * E, g[1] + head * SIZE);
+}
+""",
+    "oscillator": r"""
+INLINE void force(const T *const *c, int head, const V *q, const V *p, V *f) {
+  for (int i = 0; i < E; ++i) f[i] -= c[0][head * E + i] * q[i];
+}
+INLINE void force_back(const T *const *c, V *const *g, int head, const V *q, const V *p,
+                       const V *u, V *dq, V *dp) {
+  for (int i = 0; i < E; ++i) {
+    dq[i] -= c[0][head * E + i] * u[i];
+    g[0][head * E + i] -= q[i] * u[i];
+  }
+}
+""",
+    "pendulum": r"""
+INLINE void force(const T *const *c, int head, const V *q, const V *p, V *f) {
+  for (int i = 0; i < E; ++i) f[i] -= c[0][head * E + i] * f_sin(q[i]);
+}
+INLINE void force_back(const T *const *c, V *const *g, int head, const V *q, const V *p,
+                       const V *u, V *dq, V *dp) {
+  for (int i = 0; i < E; ++i) {
+    dq[i] -= c[0][head * E + i] * f_cos(q[i]) * u[i];
+    g[0][head * E + i] -= f_sin(q[i]) * u[i];
+  }
+}
+""",
+    "low_rank": r"""
+INLINE V length(const V *s) {
+  V sum{};
+  for (int r = 0; r < SIZE; ++r) sum += s[r] * s[r];
+  V root;
+  for (int l = 0; l < L; ++l) root[l] = __builtin_sqrt(sum[l]);
+  return root;
+}
+INLINE void force(const T *const *c, int head, const V *q, const V *p, V *f) {
+  V s[SIZE], y[E];
+  transposed<E, SIZE>(c[0] + head * E * SIZE, p, s);
+  V scale = T(1) / (T(1) + length(s));
+  for (int r = 0; r < SIZE; ++r) s[r] = s[r] * s[r] * scale;
+  times<E, SIZE>(c[1] + head * E * SIZE, s, y);
+  for (int i = 0; i < E; ++i) f[i] -= y[i];
+}
+INLINE void force_back(const T *const *c, V *const *g, int head, const V *q, const V *p,
+                       const V *u, V *dq, V *dp) {
+  V s[SIZE], w[SIZE], ds[SIZE], phi[SIZE], back[E], zero[E];
+  const T *a = c[0] + head * E * SIZE, *b = c[1] + head * E * SIZE;
+  transposed<E, SIZE>(a, p, s);
+  transposed<E, SIZE>(b, u, w);
+  V size = length(s), scale = T(1) / (T(1) + size), dot{};
+  for (int r = 0; r < SIZE; ++r) {
+    phi[r] = -(s[r] * s[r] * scale);
+    dot += w[r] * s[r] * s[r];
+  }
+  V over = sel(size > T(0), dot * scale * scale / size, V{});
+  for (int r = 0; r < SIZE; ++r) ds[r] = s[r] * (over - T(2) * scale * w[r]);
+  times<E, SIZE>(a, ds, back);
+  for (int i = 0; i < E; ++i) dp[i] += back[i], zero[i] = V{};
+  V *gu = g[0] + head * E * SIZE, *gw = g[1] + head * E * SIZE;
+  for (int i = 0; i < E; ++i)
+    for (int r = 0; r < SIZE; ++r)
+      gu[i * SIZE + r] += p[i] * ds[r], gw[i * SIZE + r] += u[i] * phi[r];
+}
+""",
+}
+_FORCES["low_rank_literal"] = _FORCES["low_rank"]
+
+_PLAIN_DRIFT = r"""
+INLINE void drift(const T *const *c, int head, V *q, V *p, T h) {
+  for (int i = 0; i < E; ++i) q[i] += h * p[i];
+}
+INLINE void drift_back(const T *const *c, V *const *g, int head, const V *q, const V *p,
+                       V *gq, V *gp, T h) {
+  for (int i = 0; i < E; ++i) gp[i] += h * gq[i];
+}
+"""
+
+_DRIFTS = {
+    "revolution": r"""
+INLINE void drift(const T *const *c, int head, V *q, V *p, T h) {
+  for (int k = 0; k < E / 2; ++k) {
+    T r = c[0][head * (E / 2) + k], big = c[1][head * (E / 2) + k], half = h / 2 / (r * r);
+    V x = q[2 * k] + half * p[2 * k], v = p[2 * k + 1];
+    V s = big + r * f_cos(x), one = T(1) / s;
+    q[2 * k + 1] += h * v * one * one;
+    p[2 * k] -= h * r * v * v * f_sin(x) * one * one * one;
+    q[2 * k] = x + half * p[2 * k];
+  }
+}
+INLINE void drift_back(const T *const *c, V *const *g, int head, const V *q, const V *p,
+                       V *gq, V *gp, T h) {
+  for (int k = 0; k < E / 2; ++k) {
+    T r = c[0][head * (E / 2) + k], big = c[1][head * (E / 2) + k], half = h / 2 / (r * r);
+    V u = p[2 * k], x = q[2 * k] + half * u, v = p[2 * k + 1];
+    V sine = f_sin(x), cosine = f_cos(x);
+    V one = T(1) / (big + r * cosine), two = one * one, three = two * one;
+    V after = u - h * r * v * v * sine * three;
+    V gx = gq[2 * k], gy = gq[2 * k + 1];
+    V ghalf = gx * after;                      // x'' = x' + half u'
+    V gu = gp[2 * k] + half * gx;
+    V gs = T(-2) * h * v * three * gy + T(3) * h * r * v * v * sine * three * one * gu;
+    V gr = -h * v * v * sine * three * gu + cosine * gs;
+    gp[2 * k + 1] += h * two * gy - T(2) * h * r * v * sine * three * gu;
+    gx += -h * r * v * v * cosine * three * gu - r * sine * gs;
+    ghalf += gx * u;                           // x' = x + half u
+    gp[2 * k] = gu + half * gx;
+    gq[2 * k] = gx;
+    g[0][head * (E / 2) + k] += gr - T(2) * half / r * ghalf;
+    g[1][head * (E / 2) + k] += gs;
+  }
+}
+""",
+    "metric": r"""
+enum { HALF = E / 2 };
+struct Net { const T *w1, *b1, *w2, *b2; V *g1, *h1, *g2, *h2; };
+INLINE Net net(const T *const *c, V *const *g, int head, int n) {
+  long k = 2 * head + n, m = k * SIZE * HALF;
+  Net a{c[0] + m, c[1] + k * SIZE, c[2] + m, c[3] + k * HALF, 0, 0, 0, 0};
+  if (g) a.g1 = g[0] + m, a.h1 = g[1] + k * SIZE, a.g2 = g[2] + m, a.h2 = g[3] + k * HALF;
+  return a;
+}
+INLINE void weigh(const Net &a, const V *y, V *t, V *w) {
+  bent<SIZE>(a.w1, a.b1, y, t, HALF);
+  times<HALF, SIZE>(a.w2, t, w);
+  for (int i = 0; i < HALF; ++i) w[i] = f_exp(w[i] + a.b2[i]);
+}
+INLINE void slide(const Net &a, V *x, const V *u, const V *y, V *v, T h) {
+  V t[SIZE], w[HALF], e[HALF], d[SIZE], back[HALF];
+  weigh(a, y, t, w);
+  for (int i = 0; i < HALF; ++i) x[i] += h * w[i] * u[i], e[i] = w[i] * u[i] * u[i];
+  transposed<HALF, SIZE>(a.w2, e, d);
+  for (int m = 0; m < SIZE; ++m) d[m] *= T(1) - t[m] * t[m];
+  transposed<SIZE, HALF>(a.w1, d, back);
+  for (int i = 0; i < HALF; ++i) v[i] -= h / 2 * back[i];
+}
+INLINE void slide_back(const Net &a, const V *u, const V *y, V *gx, V *gu, V *gy, V *gv, T h) {
+  V t[SIZE], w[HALF], e[HALF], d[SIZE], g[SIZE], gg[SIZE], gd[SIZE], gt[SIZE], ge[HALF], gl[HALF];
+  weigh(a, y, t, w);
+  for (int i = 0; i < HALF; ++i) e[i] = w[i] * u[i] * u[i];
+  transposed<HALF, SIZE>(a.w2, e, d);
+  times<SIZE, HALF>(a.w1, gv, gg);
+  for (int m = 0; m < SIZE; ++m) {
+    V s = T(1) - t[m] * t[m];
+    gg[m] *= -h / 2;
+    g[m] = -h / 2 * s * d[m];
+    gd[m] = s * gg[m];
+    gt[m] = T(-2) * t[m] * d[m] * gg[m];
+  }
+  times<HALF, SIZE>(a.w2, gd, ge);
+  for (int i = 0; i < HALF; ++i) {
+    gl[i] = w[i] * (h * u[i] * gx[i] + u[i] * u[i] * ge[i]);
+    gu[i] += w[i] * (h * gx[i] + T(2) * u[i] * ge[i]);
+    a.h2[i] += gl[i];
+  }
+  outer<HALF, SIZE>(a.g2, e, gd, gl, t);
+  V more[SIZE], back[HALF];
+  transposed<HALF, SIZE>(a.w2, gl, more);
+  for (int m = 0; m < SIZE; ++m) {
+    gt[m] = (gt[m] + more[m]) * (T(1) - t[m] * t[m]);
+    a.h1[m] += gt[m];
+  }
+  outer<SIZE, HALF>(a.g1, g, gv, gt, y);
+  transposed<SIZE, HALF>(a.w1, gt, back);
+  for (int i = 0; i < HALF; ++i) gy[i] += back[i];
+}
+INLINE void drift(const T *const *c, int head, V *q, V *p, T h) {
+  Net a = net(c, 0, head, 0), b = net(c, 0, head, 1);
+  slide(a, q, p, q + HALF, p + HALF, h / 2);
+  slide(b, q + HALF, p + HALF, q, p, h);
+  slide(a, q, p, q + HALF, p + HALF, h / 2);
+}
+INLINE void drift_back(const T *const *c, V *const *g, int head, const V *q0, const V *p0,
+                       V *gq, V *gp, T h) {
+  Net a = net(c, g, head, 0), b = net(c, g, head, 1);
+  V q[E], p[E], y[HALF], v[HALF], u[HALF];
+  for (int i = 0; i < E; ++i) q[i] = q0[i], p[i] = p0[i];
+  slide(a, q, p, q + HALF, p + HALF, h / 2);
+  for (int i = 0; i < HALF; ++i) v[i] = p[HALF + i];
+  V x[HALF];
+  for (int i = 0; i < HALF; ++i) x[i] = q[i];
+  slide(b, q + HALF, p + HALF, q, p, h);
+  for (int i = 0; i < HALF; ++i) y[i] = q[HALF + i], u[i] = p[i];
+  slide_back(a, u, y, gq, gp, gq + HALF, gp + HALF, h / 2);
+  slide_back(b, v, x, gq + HALF, gp + HALF, gq, gp, h);
+  slide_back(a, p0, q0 + HALF, gq, gp, gq + HALF, gp + HALF, h / 2);
+}
+""",
+}
+_TENSORS = {"revolution": 2, "metric": 4}
+
+# The coupling of all heads: a unit then holds them all. FREE: w tanh(k phi + b).
+_COUPLING = r"""
+INLINE void phi_of(const V *q, V *x) {
+  for (int i = 0; i < N; ++i)
+    if (PERIODIC) x[i] = f_cos(T(OMEGA) * q[i]), x[N + i] = f_sin(T(OMEGA) * q[i]);
+    else x[i] = q[i];
+}
+INLINE void couple(const T *const *c, const V *q, V *f) {
+  static thread_local V x[WIDE], t[RANK], y[WIDE];
+  phi_of(q, x);
+  bent<RANK>(c[0], c[1], x, t, WIDE);
+  if (FREE) {
+    times<N, RANK>(c[2], t, y);
+    for (int i = 0; i < N; ++i) f[i] += y[i];
+    return;
+  }
+  transposed<RANK, WIDE>(c[0], t, y);
+  for (int i = 0; i < N; ++i)
+    f[i] -= PERIODIC ? (x[i] * y[N + i] - x[N + i] * y[i]) / T(OMEGA) : y[i];
+}
+INLINE void couple_back(const T *const *c, V *const *g, const V *q, const V *u, V *dq) {
+  static thread_local V x[WIDE], t[RANK], y[WIDE], cot[WIDE], dx[WIDE], z[RANK], back[WIDE];
+  phi_of(q, x);
+  bent<RANK>(c[0], c[1], x, t, WIDE);
+  for (int i = 0; i < WIDE; ++i) dx[i] = V{};
+  if (FREE) {
+    transposed<N, RANK>(c[2], u, z);
+    for (int r = 0; r < RANK; ++r) z[r] *= T(1) - t[r] * t[r], g[1][r] += z[r];
+    for (int i = 0; i < N; ++i)
+      for (int r = 0; r < RANK; ++r) g[2][i * RANK + r] += u[i] * t[r];
+    for (int r = 0; r < RANK; ++r)
+      for (int i = 0; i < WIDE; ++i) g[0][r * WIDE + i] += z[r] * x[i];
+    transposed<RANK, WIDE>(c[0], z, dx);
+  } else {
+    if (PERIODIC) {
+      transposed<RANK, WIDE>(c[0], t, y);
+      for (int i = 0; i < N; ++i) {
+        V v = u[i] / T(OMEGA);
+        cot[i] = -x[N + i] * v, cot[N + i] = x[i] * v;
+        dx[i] = -v * y[N + i], dx[N + i] = v * y[i];
+      }
+    } else
+      for (int i = 0; i < N; ++i) cot[i] = u[i];
+    attract_back<RANK, WIDE>(c[0], t, x, cot, dx, g[0], g[1]);
+  }
+  for (int i = 0; i < N; ++i)
+    dq[i] += PERIODIC ? T(OMEGA) * (x[i] * dx[N + i] - x[N + i] * dx[i]) : dx[i];
+}
+"""
+
+# data: f, q0, p0, q, p | slopes of q, p, then of f, q0, p0; sizes: batch, time, units, h, a.
+_RUN = r"""
+INLINE void kick(const T *const *c, const V *q, const V *p0, V *f, long first) {
+#if RANK
+  couple(c + COUPLING, q, f);
+#endif
+#if FORCED
+  for (int k = 0; k < HEADS; ++k) force(c, first + k, q + k * E, p0 + k * E, f + k * E);
+#endif
+}
+static void forward(T *const *d, const T *const *c, const double *sizes, long unit) {
+  const long time = sizes[1], units = sizes[2], batch = sizes[0];
+  const T h = sizes[3], a = sizes[4];
+  const long b = unit / units * L, first = unit % units * HEADS;
+  const long valid = batch - b < L ? batch - b : L;
+  const long wide = units * N, next = batch * wide, start = b * wide + first * E;
+  const T *f = d[0] + start;
+  T *out_q = d[3] + start, *out_p = d[4] + start;
+  V q[N], p[N], push[N];
+  read(q, d[1] + start, wide, valid);
+  read(p, d[2] + start, wide, valid);
+  for (long t = 0; t < time; ++t) {
+    read(push, f + t * next, wide, valid);
+    kick(c, q, p, push, first);
+    for (int i = 0; i < N; ++i) p[i] = a * p[i] + h * push[i];
+    for (int k = 0; k < HEADS; ++k)
+      drift(c + DRIFTING, first + k, q + k * E, p + k * E, h);
+    for (int i = 0; i < N; ++i) {
+      q[i] = wrap(q[i]);
+      if (CIRCULAR) p[i] = wrap(p[i]);
+    }
+    write(out_q + t * next, q, wide, valid);
+    write(out_p + t * next, p, wide, valid);
+  }
+}
+static void backward(T *const *d, const T *const *c, V *const *g, const double *sizes, long unit) {
+  const long time = sizes[1], units = sizes[2], batch = sizes[0];
+  const T h = sizes[3], a = sizes[4];
+  const long b = unit / units * L, first = unit % units * HEADS;
+  const long valid = batch - b < L ? batch - b : L;
+  const long wide = units * N, next = batch * wide, start = b * wide + first * E;
+  V q[N], p[N], push[N], gq[N], gp[N], slope[N];
+  for (int i = 0; i < N; ++i) gq[i] = gp[i] = V{};
+  for (long t = time - 1; t >= 0; --t) {
+    long now = start + t * next;
+    read(slope, d[5] + now, wide, valid);
+    for (int i = 0; i < N; ++i) gq[i] += slope[i];
+    read(slope, d[6] + now, wide, valid);
+    for (int i = 0; i < N; ++i) gp[i] += slope[i];
+    if (valid < L)
+      for (int l = valid; l < L; ++l)
+        for (int i = 0; i < N; ++i) gq[i][l] = gp[i][l] = 0;
+    if (t) {
+      read(q, d[3] + now - next, wide, valid);
+      read(p, d[4] + now - next, wide, valid);
+    } else {
+      read(q, d[1] + start, wide, valid);
+      read(p, d[2] + start, wide, valid);
+    }
+#if CURVED
+    read(push, d[0] + now, wide, valid);
+    kick(c, q, p, push, first);
+    for (int i = 0; i < N; ++i) push[i] = a * p[i] + h * push[i];
+#endif
+    for (int k = 0; k < HEADS; ++k)
+      drift_back(c + DRIFTING, g + DRIFTING, first + k, q + k * E, push + k * E, gq + k * E,
+                 gp + k * E, h);
+    for (int i = 0; i < N; ++i) push[i] = h * gp[i], gp[i] *= a;
+    write(d[7] + now, push, wide, valid);
+#if FORCED
+    for (int k = 0; k < HEADS; ++k)
+      force_back(c, g, first + k, q + k * E, p + k * E, push + k * E, gq + k * E, gp + k * E);
+#endif
+#if RANK
+    couple_back(c + COUPLING, g + COUPLING, q, push, gq);
+#endif
+  }
+  write(d[8] + start, gq, wide, valid);
+  write(d[9] + start, gp, wide, valid);
+}
+// all: 10 pointers of data, COUNT of tensors, COUNT of lane-wise slopes for each group of eight
+extern "C" void run(void *const *all, const double *sizes, long first, long last) {
+  for (long unit = first; unit < last; ++unit) {
+    T *const *d = (T *const *)all;
+    const T *const *c = (const T *const *)(all + 10);
+    if (!sizes[5]) { forward(d, c, sizes, unit); continue; }
+    V *g[COUNT + 1];
+    const long block = unit / (long)sizes[2];
+    for (int k = 0; k < COUNT; ++k) g[k] = (V *)all[10 + COUNT + k] + block * (long)sizes[6 + k];
+    backward(d, c, g, sizes, unit);
+  }
+}
+"""
+
+
+def kernel_of(motion: Any) -> Callable[[State, Tensor, State], State] | None:
+    """Return what :class:`~darboux.learners.recurrence.Cell` takes as kernel."""
+    return None if motion.grid is not None else functools.partial(_run, motion)
+
+
+def _run(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:
+    if inputs.dtype not in _SCALARS or inputs.device.type != "cpu":
+        raise ValueError(
+            f"kernel: inputs are {inputs.dtype} on {inputs.device}, expected float32 or float64 "
+            "on the cpu"
+        )
+    q, p = _Kernel.apply(motion, inputs, *state, *tensors)  # type: ignore[misc]
+    return (q, p)
+
+
+@functools.lru_cache(64)
+def _source(
+    name: str,
+    dtype: torch.dtype,
+    heads: int,
+    dim: int,
+    size: int,
+    rank: int,
+    free: bool,
+    circular: bool,
+    kind: Any,
+) -> str:
+    forced, curved = int(kind.forces > 0), int(name in _DRIFTS)
+    drifting = kind.forces
+    coupling = drifting + _TENSORS.get(name, 0)
+    count = coupling + ((3 if free else 2) if rank else 0)
+    names = {
+        "E": dim,
+        "HEADS": heads if rank else 1,
+        "SIZE": size,
+        "RANK": rank,
+        "FREE": int(free),
+        "CIRCULAR": int(circular),
+        "FORCED": forced,
+        "CURVED": curved,
+        "DRIFTING": drifting,
+        "COUPLING": coupling,
+        "COUNT": count,
+        "PERIODIC": int(kind.period is not None),
+        "PERIOD": repr(kind.period or 1.0),
+        "OMEGA": repr(2 * math.pi / (kind.period or 1.0)),
+    }
+    defines = "".join(f"#define {key} {value}\n" for key, value in names.items())
+    return (
+        f"typedef {_SCALARS[dtype]} T;\n#define MANY_CALLS\n{defines}{HEADER}{_COMMON}"
+        + (_FORCES[name] if forced else "")
+        + (_DRIFTS.get(name, _PLAIN_DRIFT))
+        + (_COUPLING if rank else "")
+        + _RUN
+    )
+
+
+def _function(motion: Any, inputs: Tensor, tensors: State) -> tuple[Callable[..., None], int]:
+    _, _, coupling = motion.split(tensors)
+    heads, dim = inputs.shape[2:]
+    size = 1
+    if motion.name == "potential":
+        size = tensors[0].shape[1]
+    elif motion.name.startswith("low_rank") or motion.name == "metric":
+        size = tensors[0].shape[2]
+    rank = coupling[0].shape[0] if coupling else 0
+    free = len(coupling) == 3
+    source = _source(
+        motion.name, inputs.dtype, heads, dim, size, rank, free, motion.circular, motion.kind
+    )
+    return _native.function(source, 2), 1 if rank else heads
+
+
+_WAVES = r"""
+// cos and sin of x RATE: by quarter turns, then their series, to single precision
+extern "C" void run(void *const *all, const double *sizes, long first, long last) {
+  const T *x = (const T *)all[0];
+  T *cosine = (T *)all[1], *sine = (T *)all[2];
+  const T rate = sizes[0];
+  for (long i = first; i < last; i += L) {
+    const long valid = last - i < L ? last - i : L;
+    V y{};
+    if (valid == L) __builtin_memcpy(&y, x + i, sizeof y);
+    else for (long l = 0; l < valid; ++l) y[l] = x[i + l];
+    y *= rate;  // quarter turns
+    V up = sel(y < T(0), splat(T(-0.5)), splat(T(0.5)));
+    M k = __builtin_convertvector(y + up, M);
+    V z = (y - __builtin_convertvector(k, V)) * T(1.5707963267948966), w = z * z;
+    V s = T(2.7557319e-6) * w - T(1.9841270e-4);
+    s = s * w + T(8.3333333e-3);
+    s = s * w - T(1.6666667e-1);
+    s = z + z * w * s;
+    V c = T(-2.7557319e-7) * w + T(2.4801587e-5);
+    c = c * w - T(1.3888889e-3);
+    c = c * w + T(4.1666667e-2);
+    c = T(1) - T(0.5) * w + w * w * c;
+    M odd = (k & 1) != 0;
+    V a = sel(odd, s, c), b = sel(odd, c, s);
+    a = sel(((k + 1) & 2) != 0, -a, a);
+    b = sel((k & 2) != 0, -b, b);
+    if (valid == L) {
+      __builtin_memcpy(cosine + i, &a, sizeof a);
+      __builtin_memcpy(sine + i, &b, sizeof b);
+    } else
+      for (long l = 0; l < valid; ++l) cosine[i + l] = a[l], sine[i + l] = b[l];
+  }
+}
+"""
+
+
+def waves(x: Tensor, period: float) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of angles, a whole period being a turn, in one native pass.
+
+    For float32 on a CPU; the angles are taken to have been wrapped.
+    """
+    return _Waves.apply(x, period)  # type: ignore[return-value]
+
+
+class _Waves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, period: float):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x = x.contiguous()
+        cosine, sine = torch.empty_like(x), torch.empty_like(x)
+        run = _native.function(f"typedef float T;\n{HEADER}{_WAVES}", 2)
+        pointers = _native.pointers([x, cosine, sine])
+        rate = torch.tensor([4 / period], dtype=torch.float64)
+
+        def part(begin: int, end: int, _: int) -> None:
+            run(pointers, rate.data_ptr(), begin, end)
+
+        threads = min(torch.get_num_threads(), max(1, x.numel() // 100_000))
+        _native.in_parts(part, _native.cut(x.numel(), _LANES, threads))
+        ctx.rate = 2 * math.pi / period
+        ctx.save_for_backward(cosine, sine)
+        return cosine, sine
+
+    @staticmethod
+    def backward(ctx: Any, of_cos: Tensor, of_sin: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        cosine, sine = ctx.saved_tensors
+        return (of_sin * cosine).addcmul_(of_cos, sine, value=-1).mul_(ctx.rate), None
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, motion: Any, inputs: Tensor, q: Tensor, p: Tensor, *tensors: Tensor):
+        # Times follow each other in memory: one stream, where rows of a power of two of bytes
+        # would all want the same lines of the cache.
+        inputs = inputs.transpose(0, 1).contiguous()
+        tensors = tuple(x.contiguous() for x in tensors)
+        path_q, path_p = torch.empty_like(inputs), torch.empty_like(inputs)
+        data = [inputs, q.contiguous(), p.contiguous(), path_q, path_p]
+        _call(motion, data, tensors, None)
+        ctx.motion = motion
+        ctx.save_for_backward(*data, *tensors)
+        return path_q.transpose(0, 1), path_p.transpose(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        data, tensors = list(saved[:5]), saved[5:]
+        data += [x.transpose(0, 1).contiguous() for x in slopes]
+        out = [torch.empty_like(x) for x in data[:3]]
+        blocks = -(-data[0].shape[1] // _LANES)
+        lanes = [x.new_zeros(blocks, *x.shape, _LANES) for x in tensors]
+        _call(ctx.motion, data + out, tensors, lanes)
+        return None, out[0].transpose(0, 1), *out[1:], *(x.sum((0, -1)) for x in lanes)
+
+
+def _call(motion: Any, data: list[Tensor], tensors: State, lanes: list[Tensor] | None) -> None:
+    run, units = _function(motion, data[0], tensors)
+    time, batch = data[0].shape[:2]
+    if batch == 0:
+        return
+    blocks = -(-batch // _LANES)
+    pad = [data[0]] * (10 - len(data))
+    pointers = _native.pointers([*data, *pad, *tensors, *(lanes or [])])
+    counts = [float(x.numel() // x.shape[0] // _LANES) for x in lanes or []]
+    decay = motion.decay
+    sizes = [float(batch), float(time), float(units), motion.h, decay, float(lanes is not None)]
+    numbers = torch.tensor([*sizes, *counts], dtype=torch.float64)
+    work = blocks * units
+
+    def part(begin: int, end: int, _: int) -> None:
+        run(pointers, numbers.data_ptr(), begin, end)
+
+    threads = min(torch.get_num_threads(), work) if work * time > 2000 else 1
+    _native.in_parts(part, _native.cut(work, 1, threads))

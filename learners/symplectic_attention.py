@@ -1,0 +1,342 @@
+r"""Symplectic attention: heads that are points moving on manifolds, pushed by tokens.
+
+.. math:: (q, p)_t = \Phi_{f_t}(q, p)_{t-1}, \qquad f_t = W x_t, \qquad
+          y_t = O\,\phi((q, p)_t)
+
+After Stuertz, "Symplectic Attention" (2026), with its mathematics mended: that text's rule
+:math:`v \mathrel{+}= h(F - \Gamma(x, v))` is neither symplectic nor volume preserving
+(:math:`\det = \det(I - h\,\partial\Gamma/\partial v)`); the maps here are, each as its
+:meth:`~SymplecticAttention.conserves` declares and :func:`audit` measures. What is not promised:
+a volume-preserving map forgets no *state*, but its *inputs* it does. On a compact space every
+state has one predecessor for each token, and in finite precision a state holds finitely many bits.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from darboux.learners import base
+from darboux.learners._motion_kernel import kernel_of, waves
+from darboux.learners.heads import (
+    KINDS,
+    Conserves,
+    Motion,
+    Rotation,
+    rotation_matrix,
+    snap,
+    unit,
+)
+from darboux.learners.recurrence import ENGINES, Cell, choose, run
+
+MANIFOLDS = (*KINDS, "rotation")
+COUPLINGS = (None, "gradient", "free")
+
+
+class Phase(NamedTuple):
+    """Positions ``q`` and momenta ``p``, ``(batch, heads, dim)``; quaternions have no ``p``."""
+
+    q: Tensor
+    p: Tensor
+
+
+class SymplecticAttention(nn.Module):
+    r"""Recurrent heads on a manifold, with a state of constant size.
+
+    ======================= =====================================================================
+    ``"torus"``             flat circles, in turns: ``p += f``, ``q += p``; without friction ``p``
+                            is an angle too, and the map a shear of the torus
+    ``"oscillator"``        :math:`p^2/2 + A q^2/2` for each coordinate (LinOSS-IMEX)
+    ``"pendulum"``          :math:`p^2/2 - k\cos q` for each coordinate (the standard map)
+    ``"potential"``         :math:`|p|^2/2 + \sum\log\cosh(Kq + b)`: geodesics of a Jacobi metric
+    ``"revolution"``        tori of revolution, pairs of coordinates
+    ``"metric"``            :math:`\sum a_i p_i^2/2`, learned :math:`a_i > 0`, those of each half
+                            of the coordinates depending on the other half
+    ``"rotation"``          unit quaternions, which tokens turn
+    ``"low_rank"``          the text's ``(x, v)`` form, :math:`v \mathrel{-}= h W\varphi(U^T v)`,
+                            with :math:`U^T W = 0`: volume preserving, not symplectic
+    ``"low_rank_literal"``  the same with free ``W``: neither
+    ======================= =====================================================================
+
+    ``coupling`` adds a force on all heads that depends on the positions of all: ``"gradient"`` is
+    that of a potential, ``"free"`` the text's projection, which keeps volumes only. ``friction`` is
+    :math:`\mu`: momenta shrink by exactly :math:`e^{-\mu h}` a token, ``h`` being ``step``, and the
+    map is conformally symplectic. A head has ``dim`` coordinates: ``width / heads``, half of that
+    where they are angles, four numbers for a rotation. ``size`` is the rank of potentials and of
+    the coupling and the width of the networks. ``engine`` is one of those in
+    :mod:`darboux.learners.recurrence`. On the flat torus ``grid`` snaps forces to multiples of
+    ``1/grid`` turn while ``snapped`` is true: sums on that grid are exact at any length.
+
+    The state is a :class:`Phase`. Raises ``ValueError`` for what does not fit together.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        dim: int | None = None,
+        manifold: str = "potential",
+        coupling: str | None = None,
+        friction: float = 0.0,
+        step: float | None = None,
+        size: int | None = None,
+        grid: int | None = None,
+        engine: str = "auto",
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        where = "SymplecticAttention"
+        for name, value, known in (
+            ("manifold", manifold, MANIFOLDS),
+            ("coupling", coupling, COUPLINGS),
+            ("engine", engine, ENGINES),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"{where}: {name} is {value!r}, expected one of {', '.join(map(str, known))}"
+                )
+        turning = manifold == "rotation"
+        angles = 2 if not turning and KINDS[manifold].period else 1
+        if width < 1 or heads < 1 or (dim is None and not turning and width % (angles * heads)):
+            raise ValueError(
+                f"{where}: width {width} and heads {heads}, expected the first to be a positive "
+                f"multiple of {'twice ' if angles == 2 else ''}the second, or dim"
+            )
+        # an angle is read by its cosine and its sine
+        dim = 4 if turning else width // (angles * heads) if dim is None else dim
+        if turning and (coupling or friction or dim != 4):
+            raise ValueError(f"{where}: rotations have no coupling, no friction, and a dim of 4")
+        if not turning and (dim < 1 or (KINDS[manifold].even and dim % 2)):
+            raise ValueError(f"{where}: dim is {dim}, expected a positive, even number")
+        flat = manifold == "torus"
+        if step is None:
+            step = 1.0 if flat or turning else 0.5
+        if not (math.isfinite(step) and step > 0 and (step == 1 or not flat)):
+            raise ValueError(
+                f"{where}: step is {step}, expected {'1 on the torus' if flat else 'positive'}"
+            )
+        if not 0 <= friction < math.inf:
+            raise ValueError(f"{where}: friction is {friction}, expected at least 0")
+        if grid is not None and (not flat or friction or coupling or grid < 1):
+            raise ValueError(
+                f"{where}: grid is {grid}, expected None, or a positive number on the torus "
+                "without friction or coupling"
+            )
+        self.width, self.heads, self.dim, self.manifold = width, heads, dim, manifold
+        self.coupling, self.engine, self.grid, self.snapped = coupling, engine, grid, False
+        self.friction, self.step = float(friction), float(step)
+        self.drive = nn.Linear(width, heads * dim, bias=False)
+        with torch.no_grad():
+            bound = 1 / math.sqrt(width)
+            self.drive.weight.uniform_(-bound, bound, generator=generator)
+        self.geometry = nn.ParameterDict()
+        n = heads * dim
+        if not turning:
+            kind = KINDS[manifold]
+            size = min(16, max(1, dim // 2) if kind.velocity else 16) if size is None else size
+            for name, x in kind.make(heads, dim, size, generator=generator).items():
+                self.geometry[name] = nn.Parameter(x.to(self.drive.weight))
+        self.field = nn.ParameterDict()
+        if coupling is not None:
+            size = 16 if size is None else size
+            wide = n * (2 if KINDS[manifold].period else 1)
+            shapes = {"k": (size, wide), "b": (size,), "w": (n, size)}
+            for name, shape in shapes.items():
+                if name == "w" and coupling == "gradient":
+                    continue
+                x = torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+                self.field[name] = nn.Parameter(x.to(self.drive.weight))
+        self.out = nn.Linear(self._features(), width)
+
+    def _features(self) -> int:
+        if self.manifold == "rotation":
+            return 9 * self.heads
+        n = self.heads * self.dim
+        return n * (2 + (self.motion().circular or 0) + bool(KINDS[self.manifold].period))
+
+    def motion(self) -> Motion:
+        """Return the map of one token, on phase points and tensors."""
+        decay = math.exp(-self.friction * self.step)
+        grid = self.grid if self.snapped else None
+        return Motion(self.manifold, self.step, decay, self.coupling is not None, grid)
+
+    def cell(self) -> Cell:
+        """Return the cell that the engines move, with the parameters of now."""
+        if self.manifold == "rotation":
+            turn = Rotation()
+            return Cell(step=turn, inverse=turn.inverse, scan=turn.scan)
+        motion = self.motion()
+        tensors = KINDS[self.manifold].tensors(self.geometry, self.step)
+        coupling = tuple(self.field[name] for name in ("k", "b", "w") if name in self.field)
+        linear = self.manifold in ("torus", "oscillator") and not coupling
+        return Cell(
+            step=motion,
+            parameters=(*tensors, *coupling),
+            inverse=motion.inverse if motion.kind.volume else None,
+            wrap=motion.wrap if motion.kind.period is not None else None,
+            scan=motion.scan if linear else None,
+            kernel=kernel_of(motion),
+            blocks=motion.kind.blocks and not coupling,
+        )
+
+    def conserves(self) -> Conserves:
+        """Return what one token's map keeps."""
+        if self.manifold == "rotation":
+            return Conserves(False, True, 1.0)
+        return self.motion().conserves(self.coupling == "free")
+
+    def start(self, batch: int, like: Tensor) -> Phase:
+        """Return the state before the first token: at rest at the origin, or not turned."""
+        q = like.new_zeros(batch, self.heads, self.dim)
+        if self.manifold == "rotation":
+            q[..., 0] = 1
+            return Phase(q, q[..., :0])
+        return Phase(q, torch.zeros_like(q))
+
+    def forces(self, x: Tensor) -> Tensor:
+        """Return what tokens ``(batch, time, width)`` push with ``(batch, time, heads, dim)``."""
+        # times outside, as the kernel wants them
+        f = self.drive(x.transpose(0, 1)).transpose(0, 1).to(self.drive.weight.dtype)
+        f = f.unflatten(-1, (self.heads, self.dim))
+        if self.manifold == "rotation":
+            one = torch.zeros_like(f)
+            one[..., 0] = 1
+            return unit(f + one)
+        return snap(f, self.grid) if self.snapped and self.grid is not None else f
+
+    def orbit(self, x: Tensor, state: Phase | None = None) -> tuple[Phase, Phase]:
+        """Return the phase points after each token ``(batch, time, heads, dim)``, and the last."""
+        where = "SymplecticAttention"
+        base.check_input(where, x, self.width)
+        base.check_dtype(where, x, self.drive.weight)
+        turning = self.manifold == "rotation"
+        if state is not None:
+            momenta = 0 if turning else self.dim
+            shapes = (self.heads, self.dim), (self.heads, momenta)
+            base.check_state(where, state, Phase, *shapes, x=x)
+            if state.q.dtype != self.drive.weight.dtype:
+                raise TypeError(
+                    f"{where}: the state has dtype {state.q.dtype}, expected "
+                    f"{self.drive.weight.dtype}, that of the parameters"
+                )
+        else:
+            state = self.start(x.shape[0], self.drive.weight)
+        at = (unit(state.q), state.p) if turning else tuple(state)
+        path, last = run(self.cell(), self.forces(x), at, self.engine)
+        return Phase(*path), Phase(*last)
+
+    def read(self, path: Phase) -> list[Tensor]:
+        """Return the features of phase points ``(..., heads, dim)``, in rows that ``out`` takes."""
+        q, p = path
+        if self.manifold == "rotation":
+            return [rotation_matrix(unit(q)).flatten(-3)]
+        period, circular = KINDS[self.manifold].period, self.motion().circular
+        q, p = q.flatten(-2), p.flatten(-2)
+        if period is None:
+            return [q, p]
+        rows = [*_waves(q, period)]
+        return [*rows, *_waves(p, period)] if circular else [*rows, p]
+
+    def forward(self, x: Tensor, state: Phase | None = None) -> tuple[Tensor, Phase]:
+        """Return ``(batch, time, width)`` and the state after it."""
+        path, last = self.orbit(x, state)
+        rows = self.read(Phase(*(part.transpose(0, 1) for part in path)))
+        # out(cat(rows)) without the copy
+        weights = self.out.weight.split([row.shape[-1] for row in rows], -1)
+        y = linear(rows[0].flatten(0, 1), weights[0], self.out.bias)
+        for row, weight in zip(rows[1:], weights[1:], strict=True):
+            y = torch.addmm(y, row.flatten(0, 1), weight.mT)
+        return y.unflatten(0, rows[0].shape[:2]).transpose(0, 1), last
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.width}, {self.heads}, dim={self.dim}, manifold={self.manifold!r}, "
+            f"coupling={self.coupling!r}, friction={self.friction:g}, step={self.step:g}"
+        )
+
+
+def _waves(x: Tensor, period: float) -> tuple[Tensor, Tensor]:
+    single = x.dtype == torch.float32
+    if (
+        single
+        and choose(Cell(step=Rotation(), kernel=lambda *_: ()), x.transpose(0, 1)) == "kernel"
+    ):
+        return waves(x, period)
+    angle = 2 * math.pi / period * x
+    return angle.cos(), angle.sin()
+
+
+class Audit(NamedTuple):
+    r"""What :func:`audit` measured, the worst of all states.
+
+    ``symplectic`` is :math:`\max|J^T\Omega J - c\,\Omega|` (NaN where there are no momenta),
+    ``volume`` :math:`|\det J/c^n - 1|`, ``factor`` the measured :math:`c`, ``det`` that of the
+    state where it is farthest off, and ``declared`` what the layer says of itself.
+    """
+
+    symplectic: float
+    volume: float
+    factor: float
+    det: float
+    declared: Conserves
+
+    def holds(self, tolerance: float) -> bool:
+        """Say whether everything declared is there to the ``tolerance``."""
+        kept = self.symplectic <= tolerance or not self.declared.symplectic
+        return kept and (self.volume <= tolerance or not self.declared.volume)
+
+
+def audit(
+    layer: SymplecticAttention,
+    x: Tensor | None = None,
+    *,
+    states: int = 4,
+    generator: torch.Generator | None = None,
+) -> Audit:
+    r"""Measure what one token's map keeps, by its exact Jacobian in ``(q, p)``.
+
+    At the last states after the tokens ``x (batch, time, width)``, under the last token's force,
+    or at random ``states`` under random forces. The Jacobian is that of the layer as it is, in its
+    own precision; only products and determinants of it are in float64.
+    """
+    weight = layer.drive.weight
+    h, d = layer.heads, layer.dim
+    with torch.no_grad():
+        if x is None:
+            shape = (states, 2, h, d)
+            f, q = (
+                torch.randn(shape, generator=generator, device=weight.device).to(weight).unbind(1)
+            )
+            p = torch.randn(q.shape, generator=generator, device=weight.device).to(weight)
+            if layer.manifold == "rotation":
+                f, q, p = unit(f), unit(q), q[..., :0]
+        else:
+            f, (q, p) = layer.forces(x)[:, -1], layer.orbit(x)[1]
+        cell = layer.cell()
+        n = h * d
+
+        def step(z: Tensor, f: Tensor) -> Tensor:
+            state = (z[:n].unflatten(-1, (h, d)), z[n:].unflatten(-1, (h, p.shape[-1])))
+            return torch.cat([part.flatten() for part in cell.step(cell.parameters, f, state)])
+
+        z = torch.cat([q.flatten(1), p.flatten(1)], -1)
+        j = torch.func.vmap(torch.func.jacfwd(step))(z, f).double()
+    declared = layer.conserves()
+    if p.shape[-1] == 0:
+        defect = factor = float("nan")
+    else:
+        omega = torch.zeros(2 * n, 2 * n, dtype=j.dtype, device=j.device)
+        omega[:n, n:] = torch.eye(n, dtype=j.dtype)
+        omega = omega - omega.mT
+        carried = j.mT @ omega @ j
+        factors = (carried * omega).sum((-2, -1)) / (2 * n)
+        factor = float(factors[(factors - declared.factor).abs().argmax()])
+        defect = float((carried - declared.factor * omega).abs().max())
+    sign, size = torch.linalg.slogdet(j)
+    det = sign * size.exp()
+    ratio = sign * (size - (n * math.log(declared.factor) if p.shape[-1] else 0)).exp()
+    worst = (ratio - 1).abs().argmax()
+    return Audit(defect, float((ratio - 1).abs()[worst]), factor, float(det[worst]), declared)
