@@ -4,9 +4,11 @@ A character model of real text
 
 Bits per character on the King James Bible, for every layer and baseline in the same model: equally
 many parameters, the same batches and the same number of them. Their time is not the same, and
-stands beside the bits, as the seconds of training on this machine::
+stands beside the bits, as the seconds of training on this machine. With ``--equal time`` each gets
+as many steps as fit into the time that softmax attention takes::
 
     python examples/character_model.py --seeds 3
+    python examples/character_model.py --seeds 3 --equal time
     python examples/character_model.py --text my.txt --layers gru momentum
 
 The text is cut by position: the last tenth is for validation. Two figures are given on it: each
@@ -18,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +51,7 @@ class Row(NamedTuple):
     windows: float  # on the validation text, each window by itself
     stream: float  # on the validation text, as one stream
     seconds: float
+    steps: int
     tokens: int
 
 
@@ -83,8 +88,22 @@ def run(
     last = float(fitted.losses[-max(1, steps // 10) :].mean()) / 0.6931471805599453
     return Row(
         name, seed, count_parameters(model), last, apart.bits, along.bits, fitted.seconds,
-        steps * batch * length,
+        steps, steps * batch * length,
     ), model  # fmt: skip
+
+
+def cost(name: str, corpus: tasks.Corpus, width: int, depth: int, batch: int, length: int) -> float:
+    """Return the processor seconds of one step: the median of eight, after two."""
+    vocabulary = len(corpus.characters)
+    model = matched(name, vocabulary, vocabulary, width, depth)
+    marks = []
+
+    def batches(step: int, generator: torch.Generator) -> Task:
+        marks.append(time.process_time())
+        return tasks.windows(corpus.train, batch, length, generator=generator)
+
+    training.fit(model, batches, steps=11, lr=0.0)
+    return statistics.median(b - a for a, b in itertools.pairwise(marks[2:]))
 
 
 # %%
@@ -118,8 +137,11 @@ def main(
     depth: int = 2,
     batch: int = 32,
     length: int = 128,
+    equal: str = "steps",
 ) -> Result:
     """Train every layer on a text, print the table and a sample, and write the table as CSV."""
+    if equal not in ("steps", "time"):
+        raise ValueError(f"equal is {equal!r}, expected 'steps' or 'time'")
     windows = 256
     if quick:
         seeds, steps, width, batch, length, windows = 1, 5, 16, 4, 32, 16
@@ -127,15 +149,22 @@ def main(
     floor = entropy(corpus.train, corpus.valid)
     size = len(corpus.train) + len(corpus.valid)
     print(f"{text}: {size:,} characters, {len(corpus.characters)} different; their frequencies "
-          f"alone give {floor:.3f} bits\n{steps} steps of {batch} x {length}, width {width}, "
+          f"alone give {floor:.3f} bits\n{steps} steps of {batch} x {length}"
+          f"{', or as many as take that time' if equal == 'time' else ''}, width {width}, "
           f"{depth} layers, {torch.get_num_threads()} thread(s)\n")  # fmt: skip
-    print(f"{'':<24}{'parameters':>11}{'train':>16}{'windows':>16}{'stream':>16}{'seconds':>9}")
+    print(f"{'':<24}{'parameters':>11}{'steps':>7}{'train':>16}{'windows':>16}{'stream':>16}"
+          f"{'seconds':>9}")  # fmt: skip
     warm_up()
+    size = width, depth, batch, length
+    basis = cost("softmax, rotary", corpus, *size) if equal == "time" else 0.0
     rows, best = [], None
     for name in layers or LAYERS:
         own = []
+        count = steps
+        if equal == "time" and name != "softmax, rotary":
+            count = max(1, round(steps * basis / cost(name, corpus, *size)))
         for seed in range(seeds):
-            row, model = run(name, corpus, seed, steps, width, depth, batch, length, windows)
+            row, model = run(name, corpus, seed, count, *size, windows)
             own.append(row)
             if best is None or row.windows < best[0].windows:
                 best = row, model
@@ -145,7 +174,7 @@ def main(
             for part in ("train", "windows", "stream")
         )
         seconds = statistics.median(row.seconds for row in own)
-        print(f"{name:<24}{own[0].parameters:>11,}{bits}{seconds:>9.1f}", flush=True)
+        print(f"{name:<24}{own[0].parameters:>11,}{count:>7}{bits}{seconds:>9.1f}", flush=True)
     assert best is not None
     prompt = corpus.encode(corpus.decode(corpus.valid[:40]))
     sample = generate(
@@ -154,7 +183,7 @@ def main(
     print(f"\n{best[0].layer} goes on from {corpus.decode(prompt[0])!r}:")
     print(corpus.decode(sample.tokens[0]))
 
-    path = Path(output) / "character_model.csv"
+    path = Path(output) / f"character_model_{equal}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
@@ -167,6 +196,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", default="output", help="folder for the table")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--text", default="kjv", help="kjv, python, or the path of a text file")
+    parser.add_argument("--equal", default="steps", choices=("steps", "time"), help="what is")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, help="all unless given")
     sizes = {"seeds": 1, "steps": 1000, "width": 64, "depth": 2, "batch": 32, "length": 128}
     for option, value in sizes.items():

@@ -34,7 +34,11 @@ from torch import Tensor, nn
 from darboux.learners import baselines, tasks, training
 from darboux.learners.attention import SoftmaxAttention
 from darboux.learners.model import Block, SequenceModel, count_parameters, state_bytes
-from darboux.learners.momentum_attention import MomentumAttention
+from darboux.learners.momentum_attention import (
+    MomentumAttention,
+    convolved_keys,
+    key_value_shift,
+)
 from darboux.learners.spectral_attention import SpectralAttention
 from darboux.learners.sympformer import SympFormer
 from darboux.learners.symplectic_attention import SymplecticAttention
@@ -57,6 +61,11 @@ def blocks(mixer: Callable[[int], nn.Module]) -> Make:
     ]
 
 
+def sympformer(kind: str) -> Make:
+    """Return what makes a stack of accelerated attention."""
+    return lambda width, depth, hidden: [SympFormer(width, HEADS, depth, kind, hidden=hidden)]
+
+
 BASELINES: dict[str, Make] = {
     "softmax, rotary": blocks(lambda w: SoftmaxAttention(w, HEADS)),
     "softmax, no positions": blocks(lambda w: SoftmaxAttention(w, HEADS, rotary=False)),
@@ -73,11 +82,19 @@ GEOMETRIC: dict[str, Make] = {
     "symplectic metric": blocks(lambda w: SymplecticAttention(w, HEADS, manifold="metric")),
     "symplectic rotation": blocks(lambda w: SymplecticAttention(w, HEADS, manifold="rotation")),
     "spectral": blocks(lambda w: SpectralAttention(w, 27)),
+    "spectral, frozen": blocks(lambda w: SpectralAttention(w, 27, heads=HEADS, strength=0.0)),
     "momentum": blocks(lambda w: MomentumAttention(w, HEADS, learned="k")),
-    "sympformer H0": lambda w, depth, hidden: [SympFormer(w, HEADS, depth, hidden=hidden)],
-    "sympformer R2": lambda w, depth, hidden: [SympFormer(w, HEADS, depth, "R2", hidden=hidden)],
+    "momentum, delay": blocks(lambda w: MomentumAttention(w, HEADS, gamma_k=-1.0)),
+    "sympformer Y": sympformer("Y"),
+    "sympformer H0": sympformer("H0"),
+    "sympformer H1": sympformer("H1"),
+    "sympformer R2": sympformer("R2"),
 }
-LAYERS = BASELINES | GEOMETRIC
+CONTROLS: dict[str, Make] = {
+    "kv shift": blocks(lambda w: key_value_shift(w, HEADS)),
+    "short convolution": blocks(lambda w: convolved_keys(w, HEADS, taps=4)),
+}
+LAYERS = BASELINES | CONTROLS | GEOMETRIC
 
 
 def build(
