@@ -16,6 +16,7 @@ from torch import Tensor
 
 from darboux import _checks
 from darboux._checks import checks_values, values
+from darboux.flows import _profile
 from darboux.flows._metric_march import RK4_REAL, rk4, stopped
 
 # Share of the explicit stability bound that a step takes, and share of the neck's remaining life.
@@ -71,14 +72,7 @@ def rotational_flow(
     """
     where = "rotational_flow"
     length = _check(where, psi, length, n)
-    if not (t > 0 and math.isfinite(t)):
-        raise ValueError(f"{where}: t is {t}, expected a positive number")
-    if dt is not None and not dt > 0:
-        raise ValueError(f"{where}: dt is {dt}, expected a positive number or None")
-    if not 0 < pinched_below < 1:
-        raise ValueError(f"{where}: pinched_below is {pinched_below}, expected between 0 and 1")
-    if not (isinstance(save_every, int) and save_every >= 1):
-        raise ValueError(f"{where}: save_every is {save_every}, expected a positive integer")
+    _profile.check_run(where, t, dt, pinched_below, save_every)
     grid = _Nodes(psi)
     size = psi.shape[-1]
     first = values(psi)
@@ -203,35 +197,20 @@ def _result(
     radius, plain = psi[-1], values(psi[-1])
     inner = plain[..., 1:-1]
     neck = (inner < plain[..., :-2]) & (inner <= plain[..., 2:])
+    index = plain.argmax(-1, keepdim=True)
     if status == "pinched":
-        index = torch.where(neck, inner, math.inf).argmin(-1, keepdim=True) + 1
-    else:
-        index = plain.argmax(-1, keepdim=True)
-    y = radius.square()
+        lowest = torch.where(neck, inner, math.inf).argmin(-1, keepdim=True) + 1
+        index = torch.where(neck.any(-1, keepdim=True), lowest, index)
     rate = -2 * _rate_and_shrinking(last, last, grid, n)[1].gather(-1, index)[..., 0]
-    life = torch.where(rate > 0, 1 / torch.where(rate > 0, rate, 1.0), math.inf)
-    left, middle, right = (y.gather(-1, index + k)[..., 0] for k in (-1, 0, 1))
-    offset = (left - right) / (2 * (left - 2 * middle + right))
-    label = grid.x + last[..., 2, :]
-    a, b, c = (label.gather(-1, index + k)[..., 0] for k in (-1, 0, 1))
-    place = b + offset * ((c - a) / 2 + offset * ((a + c) / 2 - b))
+    life = _profile.life(rate)
+    offset = _profile.vertex(radius.square(), index)
+    place = _profile.between(grid.x + last[..., 2, :], index, offset)
     return RotationalRun(t, psi, arclength, whole, status, t[-1] + life, place * length / math.pi)
 
 
 def _check(where: str, psi: Tensor, length: Tensor | float, n: int) -> Tensor:
-    _checks.check_tensor(where, "psi", psi)
-    if psi.dim() == 0 or psi.shape[-1] < 8:
-        raise ValueError(
-            f"{where}: psi has shape {tuple(psi.shape)}, expected (..., N) with N at least 8"
-        )
-    if not isinstance(n, int) or n < 2:
-        raise ValueError(f"{where}: n is {n}, expected the dimension of the sphere, at least 2")
-    length = torch.as_tensor(length, dtype=psi.dtype, device=psi.device)
-    length = length.expand(psi.shape[:-1])
+    length = _profile.check_profile(where, psi, length, n, 8)
     if checks_values():
-        _checks.check_finite(where, psi=psi, length=length)
-        _checks.check_that(where, lambda: psi > 0, "psi is not positive")
-        _checks.check_that(where, lambda: length > 0, "length is not positive")
         # psi = s + O(s^3) at a smooth pole; half a cell from it a cone of another angle shows
         ends = values(psi[..., [0, -1]]) / (values(length)[..., None] / (2 * psi.shape[-1]))
         _checks.check_that(

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from darboux import _checks
-from darboux._checks import checks_values, values
+from darboux._checks import values
+from darboux.flows import _profile
 from darboux.flows._metric_march import RK4_REAL, rk4, stopped
 
 # Share of the explicit stability bound that a step takes, and share of the neck's remaining life.
@@ -43,7 +43,7 @@ def warped_curvatures(psi: Tensor, length: Tensor | float, n: int = 2) -> tuple[
     The sectional curvatures of planes along and across s. The scalar curvature is
     :math:`2nK_0 + n(n - 1)K_1`. ``psi (..., N)`` is sampled at equal arclengths of the circle.
     """
-    length = _check("warped_curvatures", psi, length, n)
+    length = _profile.check_profile("warped_curvatures", psi, length, n, 4)
     y, y_s, y_ss = _jet(psi.square(), length)
     slope = y_s.square() / (4 * y)  # psi_s^2
     return (slope - y_ss / 2) / y, (1 - slope) / y
@@ -78,15 +78,8 @@ def warped_flow(
     ('pinched', 0.5)
     """
     where = "warped_flow"
-    length = _check(where, psi, length, n)
-    if not (t > 0 and math.isfinite(t)):
-        raise ValueError(f"{where}: t is {t}, expected a positive number")
-    if dt is not None and not dt > 0:
-        raise ValueError(f"{where}: dt is {dt}, expected a positive number or None")
-    if not 0 < pinched_below < 1:
-        raise ValueError(f"{where}: pinched_below is {pinched_below}, expected between 0 and 1")
-    if not (isinstance(save_every, int) and save_every >= 1):
-        raise ValueError(f"{where}: save_every is {save_every}, expected a positive integer")
+    length = _profile.check_profile(where, psi, length, n, 4)
+    _profile.check_run(where, t, dt, pinched_below, save_every)
     size = psi.shape[-1]
     floor = pinched_below**2 * float(values(psi).min()) ** 2
     filtered = _filter(psi)
@@ -150,41 +143,12 @@ def _result(kept: list[Tensor], times: list[float], status: str, n: int) -> Warp
         return WarpedRun(t, y.sqrt(), length, status, nothing, nothing)
     _, _, y_ss = _jet(y[-1], length[-1])
     lowest = y[-1].argmin(-1, keepdim=True)
-    left, middle, right = (_neighbour(y[-1], lowest, shift) for shift in (-1, 0, 1))
-    bend = left - 2 * middle + right
-    offset = torch.where(bend > 0, (left - right) / torch.where(bend > 0, 2 * bend, 1.0), 0.0)
-    rate = 2 * (n - 1) - y_ss.gather(-1, lowest)[..., 0]
-    life = torch.where(rate > 0, middle / torch.where(rate > 0, rate, 1.0), math.inf)
-    label = (lowest[..., 0] + offset) / size + _at(last[..., size:-1], lowest, offset)
+    offset = _profile.vertex(y[-1], lowest)
+    rate = (2 * (n - 1) - y_ss.gather(-1, lowest)) / y[-1].gather(-1, lowest)
+    life = _profile.life(rate[..., 0])
+    label = (lowest[..., 0] + offset) / size + _profile.between(last[..., size:-1], lowest, offset)
     place = length[0] * (label % 1)
     return WarpedRun(t, y.sqrt(), length, status, t[-1] + life, place)
-
-
-def _neighbour(f: Tensor, index: Tensor, shift: int) -> Tensor:
-    return f.gather(-1, (index + shift) % f.shape[-1])[..., 0]
-
-
-def _at(f: Tensor, index: Tensor, offset: Tensor) -> Tensor:
-    # the parabola through three neighbours
-    left, middle, right = (_neighbour(f, index, shift) for shift in (-1, 0, 1))
-    return middle + offset * ((right - left) / 2 + offset * ((left + right) / 2 - middle))
-
-
-def _check(where: str, psi: Tensor, length: Tensor | float, n: int) -> Tensor:
-    _checks.check_tensor(where, "psi", psi)
-    if psi.dim() == 0 or psi.shape[-1] < 4:
-        raise ValueError(
-            f"{where}: psi has shape {tuple(psi.shape)}, expected (..., N) with N at least 4"
-        )
-    if not isinstance(n, int) or n < 2:
-        raise ValueError(f"{where}: n is {n}, expected the dimension of the sphere, at least 2")
-    length = torch.as_tensor(length, dtype=psi.dtype, device=psi.device)
-    length = length.expand(psi.shape[:-1])
-    if checks_values():
-        _checks.check_finite(where, psi=psi, length=length)
-        _checks.check_that(where, lambda: psi > 0, "psi is not positive")
-        _checks.check_that(where, lambda: length > 0, "length is not positive")
-    return length
 
 
 # -- Fourier series on the circle of unit length -------------------------------------------
