@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from darboux.integrators import _native
 from darboux.integrators._kernels import HEADER
+from darboux.learners import _coordinate_kernel
 from darboux.learners.recurrence import State
 
 _LANES = 8
@@ -479,7 +480,10 @@ extern "C" void run(void *const *all, const double *sizes, long first, long last
 
 def kernel_of(motion: Any) -> Callable[[State, Tensor, State], State] | None:
     """Return what :class:`~darboux.learners.recurrence.Cell` takes as kernel."""
-    return None if motion.grid is not None else functools.partial(_run, motion)
+    if motion.grid is not None:
+        return None
+    alone = _coordinate_kernel.fits(motion)
+    return functools.partial(_coordinate_kernel.path if alone else _run, motion)
 
 
 def _run(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from darboux.learners import base
+from darboux.learners import _coordinate_kernel, base
 from darboux.learners._motion_kernel import kernel_of, waves
 from darboux.learners.heads import (
     KINDS,
@@ -29,7 +29,7 @@ from darboux.learners.heads import (
     snap,
     unit,
 )
-from darboux.learners.recurrence import ENGINES, Cell, choose, run
+from darboux.learners.recurrence import ENGINES, Cell, State, choose, run
 
 MANIFOLDS = (*KINDS, "rotation")
 COUPLINGS = (None, "gradient", "free")
@@ -198,8 +198,11 @@ class SymplecticAttention(nn.Module):
 
     def forces(self, x: Tensor) -> Tensor:
         """Return what tokens ``(batch, time, width)`` push with ``(batch, time, heads, dim)``."""
-        # times outside, as the kernel wants them
-        f = self.drive(x.transpose(0, 1)).transpose(0, 1).to(self.drive.weight.dtype)
+        if self._alone():
+            f = self.drive(x)
+        else:  # times outside, as the kernel of the others wants them
+            f = self.drive(x.transpose(0, 1).contiguous()).transpose(0, 1)
+        f = f.to(self.drive.weight.dtype)
         f = f.unflatten(-1, (self.heads, self.dim))
         if self.manifold == "rotation":
             one = torch.zeros_like(f)
@@ -207,8 +210,16 @@ class SymplecticAttention(nn.Module):
             return unit(f + one)
         return snap(f, self.grid) if self.snapped and self.grid is not None else f
 
+    def _alone(self) -> bool:
+        return self.manifold != "rotation" and _coordinate_kernel.fits(self.motion())
+
     def orbit(self, x: Tensor, state: Phase | None = None) -> tuple[Phase, Phase]:
         """Return the phase points after each token ``(batch, time, heads, dim)``, and the last."""
+        at = self._start(x, state)
+        path, last = run(self.cell(), self.forces(x), at, self.engine)
+        return Phase(*path), Phase(*last)
+
+    def _start(self, x: Tensor, state: Phase | None) -> State:
         where = "SymplecticAttention"
         base.check_input(where, x, self.width)
         base.check_dtype(where, x, self.drive.weight)
@@ -224,9 +235,7 @@ class SymplecticAttention(nn.Module):
                 )
         else:
             state = self.start(x.shape[0], self.drive.weight)
-        at = (unit(state.q), state.p) if turning else tuple(state)
-        path, last = run(self.cell(), self.forces(x), at, self.engine)
-        return Phase(*path), Phase(*last)
+        return (unit(state.q), state.p) if turning else tuple(state)
 
     def read(self, path: Phase) -> list[Tensor]:
         """Return the features of phase points ``(..., heads, dim)``, in rows that ``out`` takes."""
@@ -242,7 +251,13 @@ class SymplecticAttention(nn.Module):
 
     def forward(self, x: Tensor, state: Phase | None = None) -> tuple[Tensor, Phase]:
         """Return ``(batch, time, width)`` and the state after it."""
-        path, last = self.orbit(x, state)
+        at, cell, f = self._start(x, state), self.cell(), self.forces(x)
+        kernel = self.engine == "kernel" or self.engine == "auto" and choose(cell, f) == "kernel"
+        if kernel and self._alone():
+            features, last = _coordinate_kernel.features(self.motion(), cell.parameters, f, at)
+            return self.out(features), Phase(*last)
+        path, last = run(cell, f, at, self.engine)
+        last = Phase(*last)
         rows = self.read(Phase(*(part.transpose(0, 1) for part in path)))
         # out(cat(rows)) without the copy
         weights = self.out.weight.split([row.shape[-1] for row in rows], -1)

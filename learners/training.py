@@ -271,10 +271,12 @@ class _Log:
         if first and path.exists():  # steps after the checkpoint will come once more
             with open(path, newline="") as file:
                 kept = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) < first]
-        self.file = open(path, "w", newline="")
+        beside = path.with_name(".log.csv.part")  # a kill here must not cost the log
+        with open(beside, "w", newline="") as file:
+            csv.writer(file).writerows([FIELDS, *kept])
+        beside.replace(path)
+        self.file = open(path, "a", newline="")
         self.writer = csv.writer(self.file)
-        self.writer.writerows([FIELDS, *kept])
-        self.file.flush()
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 

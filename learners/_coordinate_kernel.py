@@ -1,0 +1,302 @@
+r"""The native kernel of motions whose coordinates do not see each other: forward and backward.
+
+Sums, oscillators and pendulums. Each row of the batch is one stream through memory, its coordinates
+side by side in the lanes of a vector, and what is written are the rows that the map out reads:
+cosines and sines, or positions and momenta. Angles are integers, a turn being :math:`2^{32}` (in
+float64 :math:`2^{64}`), whose sums are exact and wrap by themselves; a force that is not finite
+makes all that follows NaN, as it would without them. The reference is
+:class:`~darboux.learners.heads.Motion`.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from darboux.integrators import _native
+from darboux.learners.recurrence import State
+
+_SOURCE = r"""
+typedef T W __attribute__((vector_size(64)));
+typedef decltype(W() < W()) Z;
+typedef UINT U __attribute__((vector_size(64)));
+enum { LANES = 64 / sizeof(T), BITS = 8 * sizeof(T), GROUPS = (N + LANES - 1) / LANES };
+enum { ANGLES = WAVES && PERIODIC, WIDE = N * (2 + ANGLES + (ANGLES && CIRCULAR)) };
+#define INLINE static inline __attribute__((always_inline))
+#define EACH for (int g = 0; g < GROUPS; ++g)
+#define TURN (T(UINT(1) << (BITS - 2)) * 4)
+
+INLINE W get(const T *x, int g) {
+  W r{};
+  if ((g + 1) * LANES <= N) __builtin_memcpy(&r, x + g * LANES, sizeof r);
+  else __builtin_memcpy(&r, x + g * LANES, N % LANES * sizeof(T));
+  return r;
+}
+INLINE void put(T *x, int g, W r) {
+  if ((g + 1) * LANES <= N) __builtin_memcpy(x + g * LANES, &r, sizeof r);
+  else __builtin_memcpy(x + g * LANES, &r, N % LANES * sizeof(T));
+}
+// x turns; beyond WHOLE all numbers are integers
+INLINE U turned(W x) {
+  x = (x < T(WHOLE)) & (x > -T(WHOLE)) ? x : W{};
+  x = (x - __builtin_convertvector(__builtin_convertvector(x, Z), W)) * (TURN / 2);
+  x += x < T(0) ? W{} - T(0.5) : W{} + T(0.5);
+  return (U)__builtin_convertvector(x, Z) << 1;
+}
+INLINE W angle(U u) { return __builtin_convertvector(u, W) * T(PERIOD / TURN); }
+// by quarter turns and series: one ulp or two in double, 1e-7 in single precision
+INLINE void wave(U u, W &cosine, W &sine) {
+  U k = (u + (UINT(1) << (BITS - 3))) >> (BITS - 2);
+  W z = __builtin_convertvector((Z)(u - (k << (BITS - 2))), W) * T(6.283185307179586477 / TURN);
+  W w = z * z, s, c;
+  if (sizeof(T) == 8) {
+    s = T(1.58969099521155010221e-10) * w - T(2.50507602534068634195e-08);
+    s = s * w + T(2.75573137070700676789e-06);
+    s = s * w - T(1.98412698298579493134e-04);
+    s = s * w + T(8.33333333332248946124e-03);
+    s = s * w - T(1.66666666666666324348e-01);
+    c = T(-1.13596475577881948265e-11) * w + T(2.08757232129817482790e-09);
+    c = c * w - T(2.75573143513906633035e-07);
+    c = c * w + T(2.48015872894767294178e-05);
+    c = c * w - T(1.38888888888741095749e-03);
+    c = c * w + T(4.16666666666666019037e-02);
+  } else {
+    s = T(2.7557319e-6) * w - T(1.9841270e-4);
+    s = s * w + T(8.3333333e-3);
+    s = s * w - T(1.6666667e-1);
+    c = T(-2.7557319e-7) * w + T(2.4801587e-5);
+    c = c * w - T(1.3888889e-3);
+    c = c * w + T(4.1666667e-2);
+  }
+  s = z + z * w * s;
+  c = T(1) - T(0.5) * w + w * w * c;
+  Z odd = (k & 1) != 0;
+  cosine = (W)((U)(odd ? s : c) ^ (((k + 1) & 2) << (BITS - 2)));
+  sine = (W)((U)(odd ? c : s) ^ ((k & 2) << (BITS - 2)));
+}
+#if PERIODIC
+typedef U Q;
+INLINE U place(W q) { return turned(q * T(1 / PERIOD)); }
+INLINE W number(U q) { return angle(q); }
+#else
+typedef W Q;
+INLINE W place(W q) { return q; }
+INLINE W number(W q) { return q; }
+#endif
+#if CIRCULAR
+typedef U P;
+INLINE U moment(W p) { return turned(p); }
+INLINE W number_of(U p) { return angle(p); }
+#else
+typedef W P;
+INLINE W moment(W p) { return p; }
+INLINE W number_of(W p) { return p; }
+#endif
+INLINE W sine_at(W q) {
+  W c, s;
+  wave(turned(q * T(1 / PERIOD)), c, s);
+  return s;
+}
+
+// d: f, q0, p0, coefficient, rows, last q, last p
+INLINE void forward(T *const *d, long time, T h, T a, long b) {
+  const T *f = d[0] + b * time * N;
+  T *row = d[4] + b * time * WIDE;
+  Q q[GROUPS];
+  P p[GROUPS];
+  W bad[GROUPS], old[GROUPS], k[GROUPS];
+  EACH {
+    W x = get(d[1] + b * N, g), y = get(d[2] + b * N, g);
+    q[g] = place(x), p[g] = moment(y), bad[g] = (x + y) * T(0);
+    k[g] = old[g] = W{};
+#if FORCE
+    k[g] = get(d[3], g), old[g] = FORCE == 2 ? sine_at(x) : x;
+#endif
+  }
+  for (long t = 0; t < time; ++t, f += N, row += WIDE)
+    EACH {
+      W push = get(f, g);
+#if CIRCULAR
+      bad[g] += push * T(0);
+      p[g] += turned(push);
+      q[g] += p[g];
+#else
+      if (FORCE) push -= k[g] * old[g];
+      p[g] = a * p[g] + h * push;
+      if (PERIODIC) bad[g] += p[g] * T(0);
+      q[g] += place(h * p[g]);
+#endif
+#if PERIODIC
+      W c, s;
+      if (WAVES || FORCE == 2) wave(q[g], c, s);
+      if (FORCE == 2) old[g] = s + bad[g];
+      if (WAVES) {
+        put(row, g, c + bad[g]), put(row + N, g, s + bad[g]);
+#if CIRCULAR
+        wave(p[g], c, s);
+        put(row + 2 * N, g, c + bad[g]), put(row + 3 * N, g, s + bad[g]);
+#else
+        put(row + 2 * N, g, p[g]);
+#endif
+        continue;
+      }
+#else
+      old[g] = q[g];
+#endif
+      put(row, g, PERIODIC ? number(q[g]) + bad[g] : number(q[g]));
+      put(row + N, g, CIRCULAR ? number_of(p[g]) + bad[g] : number_of(p[g]));
+    }
+  EACH {
+    put(d[5] + b * N, g, PERIODIC ? number(q[g]) + bad[g] : number(q[g]));
+    put(d[6] + b * N, g, CIRCULAR ? number_of(p[g]) + bad[g] : number_of(p[g]));
+  }
+}
+// then slopes: of rows, last q, last p; f, q0, p0, coefficient (a row of the batch each)
+INLINE void backward(T *const *d, long time, T h, T a, long b) {
+  const T rate = T(6.283185307179586477 / PERIOD);
+  W gq[GROUPS], gp[GROUPS], gk[GROUPS], k[GROUPS];
+  EACH {
+    gq[g] = get(d[8] + b * N, g), gp[g] = get(d[9] + b * N, g);
+    gk[g] = k[g] = W{};
+    if (FORCE) k[g] = get(d[3], g);
+  }
+  for (long t = time - 1; t >= 0; --t) {
+    const T *row = d[4] + (b * time + t) * WIDE, *slope = d[7] + (b * time + t) * WIDE;
+    T *gf = d[10] + (b * time + t) * N;
+    EACH {
+      if (ANGLES) {
+        gq[g] += rate * (get(row, g) * get(slope + N, g) - get(row + N, g) * get(slope, g));
+        gp[g] += CIRCULAR ? rate * (get(row + 2 * N, g) * get(slope + 3 * N, g) -
+                                    get(row + 3 * N, g) * get(slope + 2 * N, g))
+                          : get(slope + 2 * N, g);
+      } else
+        gq[g] += get(slope, g), gp[g] += get(slope + N, g);
+      gp[g] += h * gq[g];
+      W push = h * gp[g];
+      put(gf, g, push);
+      if (FORCE == 1) {
+        gk[g] -= push * get(t ? row - WIDE : d[1] + b * N, g);
+        gq[g] -= push * k[g];
+      }
+      if (FORCE == 2) {
+        W c, s;
+        if (ANGLES && t) c = get(row - WIDE, g), s = get(row - WIDE + N, g);
+        else wave(turned(get(t ? row - WIDE : d[1] + b * N, g) * T(1 / PERIOD)), c, s);
+        gk[g] -= push * s;
+        gq[g] -= push * k[g] * c;
+      }
+      gp[g] *= a;
+    }
+  }
+  EACH {
+    put(d[11] + b * N, g, gq[g]), put(d[12] + b * N, g, gp[g]);
+    if (FORCE) put(d[13] + b * N, g, gk[g]);
+  }
+}
+extern "C" void run(void *const *all, const double *sizes, long first, long last) {
+  T *const *d = (T *const *)all;
+  for (long b = first; b < last; ++b)
+    if (sizes[3]) backward(d, sizes[0], sizes[1], sizes[2], b);
+    else forward(d, sizes[0], sizes[1], sizes[2], b);
+}
+"""
+
+_FORCES = {"torus": 0, "oscillator": 1, "pendulum": 2}
+
+
+def fits(motion: Any) -> bool:
+    """Say whether a motion, of :class:`~darboux.learners.heads.Motion`, has this kernel."""
+    alone = motion.name in _FORCES and motion.grid is None and not motion.coupled
+    return alone and (motion.h == 1 or not motion.circular)
+
+
+def features(
+    motion: Any, tensors: State, inputs: Tensor, state: State, waves: bool = True
+) -> tuple[Tensor, State]:
+    """Return one row of features ``(batch, time, ...)`` for each token, and the last state.
+
+    With ``waves`` the cosines of angles, then their sines; otherwise ``q``, then ``p``.
+    """
+    if inputs.dtype not in _native.SCALARS or inputs.device.type != "cpu":
+        raise ValueError(
+            f"kernel: inputs are {inputs.dtype} on {inputs.device}, expected float32 or float64 "
+            "on the cpu"
+        )
+    rows, q, p = _Coordinates.apply(motion, waves, inputs, *state, *tensors)  # type: ignore[misc]
+    return rows, (q, p)
+
+
+def path(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:
+    """Return what :class:`~darboux.learners.recurrence.Cell` takes from its kernel."""
+    rows, _ = features(motion, tensors, inputs, state, waves=False)
+    q, p = rows.unflatten(-1, (2, *inputs.shape[2:])).unbind(2)
+    return q, p
+
+
+@functools.lru_cache(64)
+def _source(motion: Any, dtype: torch.dtype, count: int, waves: bool) -> str:
+    period = motion.kind.period
+    double = dtype == torch.float64
+    names = {
+        "N": count,
+        "WAVES": int(waves),
+        "PERIODIC": int(period is not None),
+        "CIRCULAR": int(motion.circular),
+        "FORCE": _FORCES[motion.name],
+        "PERIOD": repr(period or 1.0),
+        "WHOLE": repr(2.0**52 if double else 2.0**23),
+    }
+    defines = "".join(f"#define {key} {value}\n" for key, value in names.items())
+    types = f"typedef {_native.SCALARS[dtype]} T;\ntypedef unsigned {'long long' if double else 'int'} UINT;\n"
+    return types + defines + _SOURCE
+
+
+class _Coordinates(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, motion: Any, waves: bool, inputs: Tensor, q: Tensor, p: Tensor, *tensors: Tensor
+    ):
+        batch, time, *shape = inputs.shape
+        count = math.prod(shape)
+        wide = 2
+        if waves and motion.kind.period is not None:
+            wide = 4 if motion.circular else 3
+        coefficient = tensors[0] if tensors else q
+        data = [x.contiguous() for x in (inputs, q, p, coefficient)]
+        rows = inputs.new_empty(batch, time, wide * count)
+        last = [torch.empty_like(x) for x in data[1:3]]
+        _call(motion, waves, [*data, rows, *last], False)
+        ctx.motion, ctx.waves, ctx.forced = motion, waves, bool(tensors)
+        ctx.save_for_backward(*data, rows)
+        return rows, *last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        data = list(ctx.saved_tensors)
+        inputs, q, p, coefficient, _ = data
+        data += [q, p, *(x.contiguous() for x in slopes)]
+        out = [torch.empty_like(x) for x in (inputs, q, p)]
+        of_coefficient = coefficient.new_zeros(len(q), *coefficient.shape)
+        if not ctx.forced:
+            of_coefficient = torch.empty_like(q)
+        _call(ctx.motion, ctx.waves, [*data, *out, of_coefficient], True)
+        return None, None, *out, *([of_coefficient.sum(0)] if ctx.forced else [])
+
+
+def _call(motion: Any, waves: bool, data: list[Tensor], back: bool) -> None:
+    batch, time, *shape = data[0].shape
+    count = math.prod(shape)
+    run = _native.function(_source(motion, data[0].dtype, count, waves), 2)
+    pointers = _native.pointers([*data, *data[:1] * (14 - len(data))])
+    sizes = torch.tensor([time, motion.h, motion.decay, back], dtype=torch.float64)
+
+    def part(begin: int, end: int, _: int) -> None:
+        run(pointers, sizes.data_ptr(), begin, end)
+
+    work = batch * time * count
+    threads = min(torch.get_num_threads(), batch) if work > 100_000 else 1
+    _native.in_parts(part, _native.cut(batch, 1, max(threads, 1)))
