@@ -115,7 +115,7 @@ def main(output: str | Path = "output", quick: bool = False, seeds: int | None =
     """Train counters, stream them, print a table and draw the turning of one."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    seeds = seeds or (2 if quick else 10)
+    seeds = seeds or (1 if quick else 10)
     length = 10_000 if quick else 1_000_000
     accuracy: dict[int, list[dict[int, float]]] = {}
     slowest, shown = 0.0, None
@@ -139,24 +139,30 @@ def main(output: str | Path = "output", quick: bool = False, seeds: int | None =
 
 
 def draw(layer: SymplecticAttention, best: int, output: Path) -> list[Path]:
-    """Draw the angle that is read, and the orbit on its torus coloured by token."""
+    """Draw two angles as they read: that of the best circle, and that of the worst."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    tokens = draw_tokens(1, 60, torch.Generator().manual_seed(3))
+    count = 60
+    tokens = draw_tokens(1, count, torch.Generator().manual_seed(3))
     with torch.no_grad():
         path, _ = layer.orbit(one_hot(tokens, 2).to(layer.drive.weight))
+        worst = int(
+            losses(layer, draw_tokens(512, 20, torch.Generator().manual_seed(0)), 2).argmax()
+        )
     colours = ["tab:blue" if u == 0 else "tab:red" for u in tokens[0].tolist()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    left.step(range(60), path.p[0, :, best, 0], where="mid", color="0.7", zorder=0)
-    left.scatter(range(60), path.p[0, :, best, 0], c=colours, s=14)
-    left.set(xlabel="token (0 blue, 1 red)", ylabel="angle read, turns", ylim=(-0.05, 1))
-    other = (best + 1) % CIRCLES
-    right.scatter(path.p[0, :, best, 0], path.p[0, :, other, 0], c=colours, s=14)
-    right.set(xlabel=f"circle {best}", ylabel=f"circle {other}", xlim=(-0.05, 1), ylim=(-0.05, 1))
-    right.set_title("an orbit on the torus")
+    figure, axes = plt.subplots(2, 1, figsize=(9, 4.2), layout="constrained", sharex=True)
+    for axis, circle, name in zip(
+        axes, (best, worst), ("the circle that is kept", "one in a wrong valley"), strict=True
+    ):
+        angle = path.p[0, :, circle, 0]
+        axis.step(range(count), angle, where="mid", color="0.75", zorder=0)
+        axis.scatter(range(count), angle, c=colours, s=18)
+        axis.set(ylabel="turns", ylim=(-0.08, 1.0), xlim=(-1, count), title=name)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("token: 0 blue, 1 red")
     file = output / "parity.png"
     figure.savefig(file, dpi=150)
     plt.close(figure)

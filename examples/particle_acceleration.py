@@ -138,24 +138,27 @@ def main(output: str | Path = "output", quick: bool = False) -> Result:
 # %%
 # The picture
 # -----------
-# The potential of each seed. Momentum overshoots: what counts is where it stays below.
+# The mean over the seeds of the logarithm of the potential, and a band from the least to the most.
+# Momentum overshoots: what counts is where it stays below.
 
-FLOOR = -4.0
+FLOOR = 1e-5
 
 
 def draw(shown: dict[str, Curves], coupling: float, output: Path) -> list[Path]:
-    """Draw the logarithm of U over time, as far down as FLOOR."""
-    slow, fast = shown["gradient"], shown["accelerated"]
-    n = len(slow.t)
-    rest = fast.values[-1:].expand(n - len(fast.t), -1)  # far below the floor already
-    values = torch.cat([slow.values, torch.cat([fast.values, rest])], 1).log10().clamp_min(FLOOR)
-    line = torch.full((n, 1), THRESHOLD, dtype=torch.float64).log10()
-    plotter = dx.plotting.spectrum(
-        (slow.t, torch.cat([values, line], 1)),
-        groups=[0] * SEEDS + [1] * SEEDS + [2],
-        labels=["gradient flow", "with momentum", "threshold"],
-        axes=("time", "log10 U / U at the start"),
-        title=f"{SEEDS} clouds of {PARTICLES} particles in the softmax metric, A = {coupling:g} I",
+    """Draw U over time, as far down as FLOOR."""
+    curves = {}
+    for name, label in (("gradient", "gradient flow"), ("accelerated", "with momentum")):
+        t, values = shown[name]
+        least, most = values.aminmax(dim=1)
+        n = int((most >= FLOOR).sum())
+        curves[label] = tuple(x[:n] for x in (t, values.log().mean(1).exp(), least, most))
+    t = shown["gradient"].t
+    curves["_threshold"] = (t, torch.full_like(t, THRESHOLD))
+    plotter = dx.plotting.lines(
+        curves,
+        axes=("time", "U / U at the start"),
+        log="y",
+        titles=f"{SEEDS} clouds of {PARTICLES} in the softmax metric, A = {coupling:g} I",
     )
     return [dx.plotting.save(plotter, output / "particle_acceleration.png")]
 

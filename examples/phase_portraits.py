@@ -25,11 +25,10 @@ from torch import Tensor, nn
 import darboux as dx
 from darboux.learners import GRU, SoftmaxAttention, SpectralAttention, state_bytes
 from darboux.learners.heads import KINDS
-from darboux.learners.symplectic_attention import SymplecticAttention, audit
+from darboux.learners.symplectic_attention import Phase, SymplecticAttention, audit
 
 F64 = torch.float64
 TOKENS = 3
-START = -1.2
 
 # %%
 # An orbit on the torus
@@ -47,22 +46,25 @@ class Orbit(NamedTuple):
 
 def wander(length: int) -> Orbit:
     """Let one head read random tokens."""
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(2)
     layer = SymplecticAttention(
-        TOKENS, 1, dim=2, manifold="revolution", friction=0.3, generator=generator
+        TOKENS, 1, dim=2, manifold="revolution", friction=0.2, generator=generator
     ).double()
     tokens = torch.randint(TOKENS, (length,), generator=generator)
     with torch.no_grad():
-        layer.drive.weight.copy_(torch.tensor([[0.9, -0.5, -0.4], [1.6, 1.2, -2.0]]))
+        layer.drive.weight.copy_(torch.tensor([[2.0, -1.6, -0.2], [0.9, -0.3, 0.6]]))
         small, large = KINDS["revolution"].tensors(layer.geometry, layer.step)
         # the layer gives the states after each token; the way there is its own drift, cut short
-        end, _ = layer.orbit(nn.functional.one_hot(tokens, TOKENS)[None].to(F64))
+        start = torch.tensor([[[0.6, -2.2]]], dtype=F64)
+        end, _ = layer.orbit(
+            nn.functional.one_hot(tokens, TOKENS)[None].to(F64),
+            Phase(start, torch.zeros_like(start)),
+        )
         shares = torch.linspace(-1, 0, 25, dtype=F64).tolist()
         drift = KINDS["revolution"].drift
         ways = [drift((small, large), end.q[0], end.p[0], layer.step * s)[0] for s in shares]
         torus = dx.TorusOfRevolution(float(large), float(small))
-        turn = torch.tensor([0.0, START], dtype=F64)  # a symmetry: the start faces the eye
-        paths = torus.embedding(torch.stack(ways, 1)[:, :, 0] + turn)
+        paths = torus.embedding(torch.stack(ways, 1)[:, :, 0])
     return Orbit(paths, tokens, torus)
 
 
@@ -99,7 +101,8 @@ def flow(rule: str, count: int, panels: int, between: int) -> Cloud:
     with torch.no_grad():
         if rule == "pendulum":
             layer.geometry["strength"].fill_(1.0)
-            disk = disk + torch.tensor([2.4, 0.0], dtype=F64)
+            layer.drive.weight.mul_(0.5)
+            disk = disk + torch.tensor([1.5, 0.0], dtype=F64)
         else:  # forces push along U, where the literal rule pulls back
             layer.geometry["u"].copy_(torch.tensor([[[1.0], [0.0]]]))
             layer.geometry["w"].copy_(torch.tensor([[[0.9], [0.6]]]))
@@ -153,7 +156,7 @@ def measure(lengths: list[int], width: int = 32) -> Memory:
         "softmax attention": SoftmaxAttention(width, 2),
         "spectral, K = 27": SpectralAttention(width, 27),
         "gru": GRU(width),
-        "symplectic": SymplecticAttention(width, 2),
+        "symplectic torus": SymplecticAttention(width, 2, manifold="torus", engine="scan"),
     }
     state: dict[str, list[int]] = {name: [] for name in layers}
     with torch.no_grad():
@@ -182,7 +185,7 @@ def main(output: str | Path = "output", quick: bool = False) -> Result:
     """Draw an orbit, move clouds, audit every manifold, count bytes."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    orbit = wander(24 if quick else 60)
+    orbit = wander(20 if quick else 50)
     clouds = {rule: flow(rule, 300 if quick else 1500, 4, 4) for rule in RULES}
     print("area of a cloud over that at the start, after 0, 4, 8, 12 tokens")
     for rule, cloud in clouds.items():

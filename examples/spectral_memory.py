@@ -24,6 +24,7 @@ from darboux.manifolds.spectral import Fourier
 
 F64 = torch.float64
 WIDTH = 4
+DRAWS = 8
 
 # %%
 # The spectrum as tokens arrive
@@ -104,8 +105,8 @@ def fill(degrees: tuple[int, ...], copies: int) -> Capacity:
         rows = []
         for load in loads.tolist():
             n = max(1, round(load * basis.size))
-            phi = basis.evaluate(2 * math.pi * torch.rand(n, 2, dtype=F64, generator=g))
-            values = torch.randn(n, copies, dtype=F64, generator=g)
+            phi = basis.evaluate(2 * math.pi * torch.rand(DRAWS, n, 2, dtype=F64, generator=g))
+            values = torch.randn(DRAWS, n, copies, dtype=F64, generator=g)
             projected = phi @ (torch.linalg.pinv(phi) @ values)
             weights = (phi * response) @ phi.mT
             blurred = (weights @ values) / weights.sum(-1, keepdim=True)
@@ -136,7 +137,7 @@ def main(output: str | Path = "output", quick: bool = False) -> Result:
     print("eigenvalues after   1 token: ", *(f"{x:.3f}" for x in first[1:9].tolist()))
     print(f"eigenvalues after {len(arrival.counts):3} tokens:", end=" ")
     print(*(f"{x:.3f}" for x in last[1:9].tolist()))
-    capacity = fill((1, 2, 3) if quick else (1, 2, 3, 5), 50 if quick else 400)
+    capacity = fill((1, 2, 3) if quick else (1, 2, 3, 5), 50 if quick else 100)
     print("\nmean square missed of N values by K functions, best readout")
     print("   N / K", *(f"{x:7.2f}" for x in capacity.loads.tolist()))
     for size, missed in capacity.best.items():
@@ -153,16 +154,17 @@ def draw(arrival: Arrival, capacity: Capacity, output: Path) -> list[Path]:
     level = [1] * min(4, k) + [2] * min(4, k - 4) + [4] * max(0, k - 8)
     plots: dict[str, Any] = {
         "spectral_memory_tones.png": dx.plotting.spectrum(
-            (arrival.counts, arrival.values[:, 1:]),
+            (arrival.counts, arrival.values[:, 1:] / torch.tensor(level, dtype=F64)),
             groups=level,
-            labels=[f"flat: {l}" for l in sorted(set(level))],
-            axes=("tokens", "eigenvalue"),
+            labels=[f"flat level {l}" for l in sorted(set(level))],
+            axes=("tokens", "eigenvalue / that of the flat torus"),
             title="The spectrum of the metric as tokens arrive",
         ),
         "spectral_memory_metric.png": dx.plotting.functions(
             grid((48, 48)),
             arrival.densities,
             labels=[f"{n} tokens" for n in arrival.shown],
+            columns=3,
             nodal=False,
         ),
     }

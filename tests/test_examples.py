@@ -26,12 +26,14 @@ def example(monkeypatch):
     """Import an example as its neighbours do; where nothing can be drawn, let it draw nothing."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     names = ("torus_geodesics", "digits_latent", "outer_solar_system", "henon_heiles", "main_job")
-    names += ("drum_shapes", "metric_flows", "particle_flows")
+    names += ("drum_shapes", "metric_flows", "particle_flows", "word_problems", "sequence_tasks")
+    names += ("spectral_memory", "particle_acceleration", "momentum_recall", "parity")
+    names += ("character_model", "phase_portraits")
 
     def load(name):
         module = importlib.import_module(name)
         if not _can_draw():
-            monkeypatch.setattr(module, "draw", lambda *args: [])
+            monkeypatch.setattr(module, "draw", lambda *args: [], raising=False)
         return module
 
     yield load
@@ -164,3 +166,101 @@ def test_main_job_lists_what_it_wrote(example, tmp_path, capsys, monkeypatch):
     assert "a.png" in printed
     assert "3 kB" in printed
     assert "together" in printed
+
+
+def test_word_problems(example, tmp_path, capsys):
+    words = example("word_problems")
+    result = words.main(tmp_path, quick=True)
+    # trained on words of up to 6 letters; before it settles the head loses its way
+    assert result.accuracy("S3", "rotation, settled", 1000) == [1.0]
+    assert result.accuracy("S3", "rotation, as trained", 1000)[0] < 0.9
+    trained, settled = result.rows
+    assert settled.defect < 1e-12 < 1e-3 < trained.defect
+    assert "100.00 (100.00)" in capsys.readouterr().out
+    assert result.files[0].read_text().count("\n") == 3
+    check_files(result.files[1:], {"word_problems.png"} if _can_draw() else set())
+
+
+def test_phase_portraits(example, tmp_path, capsys):
+    result = example("phase_portraits").main(tmp_path, quick=True)
+    # Liouville: areas of clouds under symplectic and shearing maps; the literal rule keeps none
+    for rule in ("pendulum", "low_rank"):
+        cloud = result.clouds[rule]
+        assert max(abs(cloud.least - 1), abs(cloud.most - 1)) < 1e-12
+    assert result.clouds["low_rank_literal"].ratios[-1] < 0.01
+    for manifold, (symplectic, volume) in result.defects.items():
+        assert (volume < 1e-12) == (manifold != "low_rank_literal")
+        assert (symplectic < 1e-12) == ("low_rank" not in manifold and manifold != "rotation")
+    # each geodesic begins where the one before it ends, on the torus
+    paths, torus = result.orbit.paths, result.orbit.torus
+    assert (paths[1:, 0] - paths[:-1, -1]).abs().max() < 0.05
+    ring = paths[..., :2].norm(dim=-1) - torus.R
+    assert (ring.square() + paths[..., 2].square() - torus.r**2).abs().max() < 1e-12
+    assert len({*result.memory.state["symplectic torus"]}) == 1
+    assert result.memory.state["softmax attention"] == [n * 2 * 32 * 4 for n in (64, 256, 1024)]
+    assert "low_rank_literal" in capsys.readouterr().out
+    check_files(result.files, {f"phase_{name}.png" for name in ("orbit", "clouds", "memory")})
+
+
+def test_spectral_memory(example, tmp_path):
+    result = example("spectral_memory").main(tmp_path, quick=True)
+    best = result.capacity.best[49]
+    assert result.capacity.loads[4] == 1
+    assert best[4] < 1e-12  # K functions hold K values
+    assert best[7] == pytest.approx(0.5, abs=0.02)  # and half of 2 K
+    first, last = result.arrival.values[0], result.arrival.values[-1]
+    assert (last[1:] < first[1:]).all()  # lengths grow where tokens are
+    names = {f"spectral_memory_{name}.png" for name in ("tones", "metric", "capacity")}
+    check_files(result.files, names)
+
+
+def test_particle_acceleration(example, tmp_path):
+    result = example("particle_acceleration").main(tmp_path, quick=True)
+    assert (result.accelerated < 0.75 * result.gradient).all()
+    check_files(result.files, {"particle_acceleration.png"})
+
+
+def test_parity(example, tmp_path):
+    result = example("parity").main(tmp_path, quick=True)
+    assert result.exact == {2: 1}
+    assert result.accuracy[2][0] == {1000: 1.0, 10_000: 1.0}
+    check_files(result.files, {"parity.png"})
+
+
+def test_momentum_recall(example, tmp_path):
+    result = example("momentum_recall").main(tmp_path, quick=True)
+    runs = result.runs["recall, 8 pairs"]
+    assert runs["keys, gamma 1"][0].accuracy > 0.95
+    assert runs["plain"][0].accuracy < 0.25  # one of the eight values at hand, no more
+    assert runs["plain"][0].parameters == runs["keys, gamma 1"][0].parameters
+    assert result.best_momentum["recall, 8 pairs"][0] == "keys, gamma 1"
+
+
+def test_sequence_tasks(example, tmp_path, capsys):
+    layers = ["softmax, rotary", "gru", "symplectic torus"]
+    result = example("sequence_tasks").main(tmp_path, quick=True, layers=layers)
+    attention, *recurrent = result.rows
+    assert [row.layer for row in result.rows] == layers
+    assert attention.state[1] == 5 * attention.state[0]  # 100 tokens against 20
+    assert all(row.state[0] == row.state[1] for row in recurrent)
+    for row in recurrent:  # as near as the width of an MLP can come
+        assert row.parameters == pytest.approx(attention.parameters, rel=0.02)
+    assert "100 tokens" in capsys.readouterr().out
+    assert result.files[0].read_text().count("\n") == 4
+
+
+def test_character_model(example, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 300, "utf-8")
+    model = example("character_model")
+    result = model.main(tmp_path, quick=True, text=str(text), layers=["gru", "momentum"])
+    assert 4 < result.entropy < math.log2(28)  # of 26 letters, spaces and line ends
+    gru, momentum = result.rows
+    assert gru.parameters == pytest.approx(momentum.parameters, rel=0.02)
+    assert gru.tokens == momentum.tokens == 5 * 4 * 32
+    for row in result.rows:
+        # less than a bit from knowing nothing, in whichever way
+        assert abs(row.windows - math.log2(28)) < 1
+        assert row.stream == pytest.approx(row.windows, abs=0.1)
+    assert " goes on from " in capsys.readouterr().out
+    assert result.files[0].read_text().count("\n") == 3
