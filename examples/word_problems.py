@@ -15,18 +15,24 @@ landmarks :math:`l_c`, one for each element:
 
 **How it is trained.** From random rotations and random landmarks, on words of 2, 3, 4, 6, 8, 12, 20
 and then 40 letters, with the right element told after every letter. Eight heads side by side, each
-with its own loss; that with the lowest one on fresh words of 40 letters is kept. No more than that
-is told: neither the table of products nor the orders of the generators.
+with its own loss; that with the lowest one on fresh words of 40 letters is kept (one alone finds S3
+from 8 starts of 8, A5 from 7 of 8). No more than that is told: neither the table of products nor
+the orders of the generators.
 
-**What makes it exact.** Rotations trained so far are nearly right, which lasts for some hundred or
-thousand letters. So the trained head is *settled*. It reads some words of 20 letters; which of its
-answers follows which after each letter is a table of products, its own, and each answer has a mean
-place :math:`c_g` among the states (landmarks push each other away, so they lie elsewhere). Then
-:math:`f` and :math:`c` move to rotations close by for which :math:`f_u c_g = \pm c_{ug}` holds to
-the last digit, by averages that take turns, and these places become the landmarks. Every state is
-then within round-off of one. That step, and no symplecticity, is where exactness comes from: the
-table shows the heads before it and after it. The state is four numbers, and it is never corrected
-while reading.
+**What makes it exact.** Rotations trained so far are nearly right, which lasts for some hundred
+letters of S3 and for thousands of A5. So the trained head is *settled*. It reads some words of 20
+letters; which of its answers follows which after each letter is a table of products, its own, and
+each answer has a mean place :math:`c_g` among the states (landmarks push each other away, so they
+lie elsewhere). Then :math:`f` and :math:`c` move to rotations close by for which
+:math:`f_u c_g = \pm c_{ug}` holds to the last digit, by averages that take turns, and these places
+become the landmarks. Every state is then within round-off of one. That step, and no symplecticity,
+is where exactness comes from: the table shows the heads before it and after it. The state is four
+numbers, and it is never corrected while reading.
+
+**Beside them.** After the training they got here a GRU and an LSTM are as exact on S3 without any
+geometry, or settling; on A5 they fade soon after 40 letters. A diagonal recurrence and softmax
+attention lose their way on both. The heads have the answer in their shape: they turn in SO(3), of
+which both groups are parts.
 """
 
 from __future__ import annotations
@@ -324,18 +330,20 @@ def main(
 
 
 def draw(result: Result, output: Path) -> list[Path]:
-    """Draw the accuracy against the length, a panel for each group."""
+    """Draw the median accuracy against the length, a panel for each group."""
     n, panels, names = torch.tensor(result.tests, dtype=torch.float64), [], []
     for group in dict.fromkeys(row.group for row in result.rows):
         curves: dict = {}
-        for layer in dict.fromkeys(row.layer for row in result.rows if row.group == group):
+        # heads last, on top of what lies on one line with them
+        for layer in reversed(dict.fromkeys(r.layer for r in result.rows if r.group == group)):
             found = torch.tensor([result.accuracy(group, layer, t) for t in result.tests])
             curves[layer] = n, found.median(-1).values.double()
+        exact = [layer for layer, (_, found) in curves.items() if bool((found == 1).all())]
         chance = 1 / len(tasks.group(group).elements)
         curves["_chance"] = n, torch.full_like(n, chance)
         curves["_trained up to"] = torch.full((2,), 40.0), torch.tensor([0.0, 1.0])
         panels.append(curves)
-        names.append(f"{group}, trained up to 40 letters")
+        names.append(f"{group}; at one throughout: {'; '.join(exact)}")
     plotter = dx.plotting.lines(
         panels, axes=("letters", "accuracy over every prefix"), titles=names, log="x", dots=True
     )
