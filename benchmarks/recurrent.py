@@ -6,9 +6,11 @@ nn.GRU runs operator by operator. Contenders take turns, so that a noisy spell f
     python benchmarks/recurrent.py [--lengths 1024 8192] [--only potential low_rank] [--memory]
 
 Targets: potential, metric, revolution and low-rank heads at least 1.2 times nn.LSTM and 5 times
-nn.GRU; the torus and its scan at least 3 times nn.LSTM. ``--memory``: the peak of a training pass
-by ``recurrence.fold`` with the reversible engine, at most 1.5 times as high at 65,536 tokens as at
-1,024.
+nn.GRU; the torus, the oscillator and their scans, in torch's own operations, at least 3 times
+nn.LSTM. The rows "maps alone" are the two matrix products in and out of a layer, on warm buffers
+and with nothing between them: what no cell can beat while they are BLAS's. ``--memory``: the peak
+of a training pass by ``recurrence.fold`` with the reversible engine, at most 1.5 times as high at
+65,536 tokens as at 1,024.
 """
 
 import argparse
@@ -40,9 +42,37 @@ TARGETS = {
     "oscillator": (3.0, None),
     "oscillator, scan": (3.0, None),
 }
+# coordinates and features of a layer whose maps are timed alone
+MAPS = {"torus": (32, 128), "oscillator": (64, 128)}
 
 
-def contenders() -> dict[str, nn.Module]:
+class Maps(nn.Module):
+    """The linear maps of a layer, and their gradients, without the layer."""
+
+    def __init__(self, tokens: int, coordinates: int, features: int):
+        super().__init__()
+        self.drive = nn.Linear(WIDTH, coordinates, bias=False)
+        self.out = nn.Linear(features, WIDTH)
+        shapes = (tokens, coordinates), (tokens, features), (tokens, WIDTH)
+        self.f, self.rows, self.y = (torch.ones(shape) for shape in shapes)
+        self.x = torch.ones(tokens, WIDTH)
+        self.slopes = [torch.empty_like(p) for p in (self.drive.weight, self.out.weight)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Write to buffers; return the last."""
+        torch.mm(x.flatten(0, 1), self.drive.weight.mT, out=self.f)
+        return torch.mm(self.rows, self.out.weight.mT, out=self.y)
+
+    def both(self, x: Tensor) -> None:
+        """Make all six products of a pass with gradients."""
+        y = self(x)
+        torch.mm(y, self.out.weight, out=self.rows)
+        torch.mm(y.mT, self.rows, out=self.slopes[1])
+        torch.mm(self.f, self.drive.weight, out=self.x)
+        torch.mm(self.f.mT, self.x, out=self.slopes[0])
+
+
+def contenders(length: int) -> dict[str, nn.Module]:
     """Return the layers by name."""
     layers: dict[str, nn.Module] = {
         LSTM: nn.LSTM(WIDTH, WIDTH, batch_first=True),
@@ -58,7 +88,23 @@ def contenders() -> dict[str, nn.Module]:
             size=4 if manifold == "low_rank" else 8,
             engine=engine or "auto",
         )
+    # as many numbers of state as nn.GRU has
+    layers["oscillator, dim 8"] = SymplecticAttention(WIDTH, HEADS, manifold="oscillator", dim=8)
+    for name, sizes in MAPS.items():
+        layers[f"{name}, maps alone"] = Maps(BATCH * length, *sizes)
     return layers
+
+
+def numbers(layer: nn.Module) -> list[object]:
+    """Return how many parameters a layer has, and how many numbers its state."""
+    state: object = "-"
+    if isinstance(layer, SymplecticAttention):
+        state = 2 * layer.heads * layer.dim
+    elif isinstance(layer, nn.LSTM | nn.GRU):
+        state = WIDTH * (2 if isinstance(layer, nn.LSTM) else 1)
+    elif isinstance(layer, SoftmaxAttention):
+        state = f"{2 * WIDTH} a token"
+    return [sum(p.numel() for p in layer.parameters()), state]
 
 
 def forward(layer: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -73,6 +119,8 @@ def forward(layer: nn.Module, x: Tensor) -> Callable[[], object]:
 
 def both(layer: nn.Module, x: Tensor) -> Callable[[], object]:
     """Return a forward and a backward pass."""
+    if isinstance(layer, Maps):
+        return lambda: torch.no_grad()(layer.both)(x)
 
     def call() -> None:
         layer.zero_grad()
@@ -85,8 +133,9 @@ def speed(lengths: list[int], only: list[str], repeat: int) -> bool:
     """Print a table for each length; say whether the targets were met."""
     torch.manual_seed(0)
     good = True
-    layers = {n: m for n, m in contenders().items() if not only or n in (LSTM, GRU, *only)}
     for length in lengths:
+        layers = contenders(length)
+        layers = {n: m for n, m in layers.items() if not only or n in (LSTM, GRU, *only)}
         x = torch.randn(BATCH, length, WIDTH)
         rates: dict[str, dict[str, float]] = {}
         for what, make in (("forward", forward), ("forward+backward", both)):
@@ -94,7 +143,7 @@ def speed(lengths: list[int], only: list[str], repeat: int) -> bool:
             rates[what] = {n: BATCH * length / (t.cpu / 1e3) for n, t in times.items()}
         rows = []
         for name in layers:
-            row: list[object] = [name]
+            row: list[object] = [name, *numbers(layers[name])]
             met = True
             for rate in rates.values():
                 times_lstm, times_gru = rate[name] / rate[LSTM], rate[name] / rate[GRU]
@@ -106,7 +155,18 @@ def speed(lengths: list[int], only: list[str], repeat: int) -> bool:
             good &= met
             rows.append(row)
         print(f"\nlength {length}, batch {BATCH}, width {WIDTH}: thousands of tokens a second")
-        head = ["layer", "forward", "/LSTM", "/GRU", "fwd+bwd", "/LSTM", "/GRU", "target"]
+        head = [
+            "layer",
+            "parameters",
+            "state",
+            "forward",
+            "/LSTM",
+            "/GRU",
+            "fwd+bwd",
+            "/LSTM",
+            "/GRU",
+            "target",
+        ]
         print(timing.table(head, rows))
     return good
 

@@ -10,6 +10,7 @@ makes all that follows NaN, as it would without them. The reference is
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -237,7 +238,7 @@ def path(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:
 
 
 @functools.lru_cache(64)
-def _source(motion: Any, dtype: torch.dtype, count: int, waves: bool) -> str:
+def _function(motion: Any, dtype: torch.dtype, count: int, waves: bool) -> Callable[..., None]:
     period = motion.kind.period
     double = dtype == torch.float64
     names = {
@@ -250,8 +251,9 @@ def _source(motion: Any, dtype: torch.dtype, count: int, waves: bool) -> str:
         "WHOLE": repr(2.0**52 if double else 2.0**23),
     }
     defines = "".join(f"#define {key} {value}\n" for key, value in names.items())
-    types = f"typedef {_native.SCALARS[dtype]} T;\ntypedef unsigned {'long long' if double else 'int'} UINT;\n"
-    return types + defines + _SOURCE
+    whole = "unsigned long long" if double else "unsigned"
+    types = f"typedef {_native.SCALARS[dtype]} T;\ntypedef {whole} UINT;\n"
+    return _native.function(types + defines + _SOURCE, 2)
 
 
 class _Coordinates(torch.autograd.Function):
@@ -290,7 +292,7 @@ class _Coordinates(torch.autograd.Function):
 def _call(motion: Any, waves: bool, data: list[Tensor], back: bool) -> None:
     batch, time, *shape = data[0].shape
     count = math.prod(shape)
-    run = _native.function(_source(motion, data[0].dtype, count, waves), 2)
+    run = _function(motion, data[0].dtype, count, waves)
     pointers = _native.pointers([*data, *data[:1] * (14 - len(data))])
     sizes = torch.tensor([time, motion.h, motion.decay, back], dtype=torch.float64)
 

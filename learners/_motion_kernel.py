@@ -1,8 +1,8 @@
 """The native kernel of a head's motion: forward and hand-written backward, compiled once a shape.
 
-Eight sequences move together, one in each lane of a vector; a unit of work is such a group and one
-head, or all heads where they are coupled. The forward pass stores the path and nothing else; the
-backward pass computes the rest again from the state before each step. The reference is
+Eight sequences move together, one in each lane of a vector; a unit of work is such a group and some
+heads: up to four, or all where they are coupled. The forward pass stores the path and nothing else;
+the backward pass computes the rest again from the state before each step. The reference is
 :class:`~darboux.learners.heads.Motion`.
 """
 
@@ -27,22 +27,42 @@ _SCALARS = {torch.float64: "double", torch.float32: "float"}
 # width of the networks; RANK rank of the coupling (0: none).
 _COMMON = r"""
 enum { N = E * HEADS, WIDE = PERIODIC ? 2 * N : N };
+// exp(x) = the result times 2^n, to 1e-7 in single precision (Cephes)
+INLINE V exp_parts(V x, M &n) {
+  const V big = splat(T(0x1.8p23));
+  V k = x * T(1.44269504088896341) + big;
+  n = (M)k - (M)big;
+  k -= big;
+  V r = x - k * T(0.693359375) + k * T(2.12194440e-4);
+  V y = T(1.9875691500e-4) * r + T(1.3981999507e-3);
+  y = y * r + T(8.3334519073e-3);
+  y = y * r + T(4.1665795894e-2);
+  y = y * r + T(1.6666665459e-1);
+  y = y * r + T(5.0000001201e-1);
+  return T(1) + (r + r * r * y);
+}
+INLINE V exp_of(V x) {
+  if (sizeof(T) == 8) return f_exp(x);
+  M n;
+  V y = exp_parts(sel(x > T(89), splat(T(89)), sel(x < T(-104), splat(T(-104)), x)), n);
+  M half = n >> 1;  // in two factors, for results that are no normal numbers
+  return y * (V)((half + 127) << 23) * (V)((n - half + 127) << 23);
+}
 INLINE V tanh_of(V x) {
   if (sizeof(T) == 8) return f_tanh(x);
-  // the rational approximation of Eigen, a few ulp in single precision
-  const T most = T(7.90531110763549805);
-  x = sel(x > most, splat(most), sel(x < -most, splat(-most), x));
-  V z = x * x;
-  V p = T(-2.76076847742355e-16) * z + T(2.00018790482477e-13);
-  p = p * z + T(-8.60467152213735e-11);
-  p = p * z + T(5.12229709037114e-08);
-  p = p * z + T(1.48572235717979e-05);
-  p = p * z + T(6.37261928875436e-04);
-  p = p * z + T(4.89352455891786e-03);
-  V q = T(1.19825839466702e-06) * z + T(1.18534705686654e-04);
-  q = q * z + T(2.26843463243900e-03);
-  q = q * z + T(4.89352518554385e-03);
-  return x * p / q;
+  // in single precision to 1e-7: a series fitted below 0.9, then 1 - 2 / (exp(2 |x|) + 1)
+  V z = x * x, size = x < T(0) ? -x : x;
+  V y = T(-4.524849850e-04) * z + T(2.574164282e-03);
+  y = y * z - T(8.254990166e-03);
+  y = y * z + T(2.165822214e-02);
+  y = y * z - T(5.392778587e-02);
+  y = y * z + T(1.333295801e-01);
+  y = y * z - T(3.333332133e-01);
+  y = x + x * z * y;
+  M n;
+  V e = exp_parts(T(2) * sel(size > T(10), splat(T(10)), size), n);
+  V far = T(1) - T(2) / (e * (V)((n + 127) << 23) + T(1));
+  return sel(size < T(0.9), y, sel(x < T(0), -far, far));
 }
 INLINE V wrap(V x) {
   if (!PERIODIC) return x;
@@ -86,17 +106,31 @@ INLINE void write(T *x, const V *from, long row, long valid) {
     for (int l = 0; l < L; ++l)
       if (l < valid) x[l * row + i] = from[i][l];
 }
-template <int R, int C> INLINE void times(const T *m, const V *x, V *y) {
-  for (int r = 0; r < R; ++r) {
+// y_j = sum_i m[A j + B i] x_i, eight sums at a time: so many stay in registers
+template <int OUT, int IN, int A, int B> INLINE void sums(const T *m, const V *x, V *y) {
+  int j = 0;
+  for (; j + 8 <= OUT; j += 8, m += 8 * A) {
+    V a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{};
+    for (int i = 0; i < IN; ++i) {
+      const T *n = m + B * i;
+      V z = x[i];
+      a += n[0] * z, b += n[A] * z, c += n[2 * A] * z, d += n[3 * A] * z;
+      e += n[4 * A] * z, f += n[5 * A] * z, g += n[6 * A] * z, h += n[7 * A] * z;
+    }
+    y[j] = a, y[j + 1] = b, y[j + 2] = c, y[j + 3] = d;
+    y[j + 4] = e, y[j + 5] = f, y[j + 6] = g, y[j + 7] = h;
+  }
+  for (; j < OUT; ++j, m += A) {
     V sum{};
-    for (int c = 0; c < C; ++c) sum += m[r * C + c] * x[c];
-    y[r] = sum;
+    for (int i = 0; i < IN; ++i) sum += m[B * i] * x[i];
+    y[j] = sum;
   }
 }
+template <int R, int C> INLINE void times(const T *m, const V *x, V *y) {
+  sums<R, C, C, 1>(m, x, y);
+}
 template <int R, int C> INLINE void transposed(const T *m, const V *x, V *y) {
-  for (int c = 0; c < C; ++c) y[c] = V{};
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) y[c] += m[r * C + c] * x[r];
+  sums<C, R, 1, C>(m, x, y);
 }
 // g += x y^T + z w^T
 template <int R, int C>
@@ -104,12 +138,9 @@ INLINE void outer(V *g, const V *x, const V *y, const V *z, const V *w) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) g[r * C + c] += x[r] * y[c] + z[r] * w[c];
 }
-template <int R> INLINE void bent(const T *k, const T *b, const V *x, V *t, int c) {
-  for (int r = 0; r < R; ++r) {
-    V sum = splat(b[r]);
-    for (int i = 0; i < c; ++i) sum += k[r * c + i] * x[i];
-    t[r] = tanh_of(sum);
-  }
+template <int R, int C> INLINE void bent(const T *k, const T *b, const V *x, V *t) {
+  times<R, C>(k, x, t);
+  for (int r = 0; r < R; ++r) t[r] = tanh_of(t[r] + b[r]);
 }
 // the gradient of a force -K^T tanh(K x + b): u its cotangent, dx += what x gets
 template <int R, int C>
@@ -134,7 +165,7 @@ _FORCES = {
 INLINE void force(const T *const *c, int head, const V *q, const V *p, V *f) {
   V t[SIZE], y[E];
   const T *k = c[0] + head * SIZE * E;
-  bent<SIZE>(k, c[1] + head * SIZE, q, t, E);
+  bent<SIZE, E>(k, c[1] + head * SIZE, q, t);
   transposed<SIZE, E>(k, t, y);
   for (int i = 0; i < E; ++i) f[i] -= y[i];
 }
@@ -142,7 +173,7 @@ INLINE void force_back(const T *const *c, V *const *g, int head, const V *q, con
                        const V *u, V *dq, V *dp) {
   V t[SIZE];
   const T *k = c[0] + head * SIZE * E;
-  bent<SIZE>(k, c[1] + head * SIZE, q, t, E);
+  bent<SIZE, E>(k, c[1] + head * SIZE, q, t);
   attract_back<SIZE, E>(k, t, q, u, dq, g[0] + head * SIZE * E, g[1] + head * SIZE);
 }
 """,
@@ -210,19 +241,25 @@ INLINE void force_back(const T *const *c, V *const *g, int head, const V *q, con
 }
 _FORCES["low_rank_literal"] = _FORCES["low_rank"]
 
+# KEEP numbers that a drift leaves to the next one at the same q; ready makes the first.
+_NOTHING = r"""
+enum { KEEP = 1 };
+INLINE void ready(const T *const *c, int head, const V *q, V *keep) {}
+"""
+
 _PLAIN_DRIFT = r"""
-INLINE void drift(const T *const *c, int head, V *q, V *p, T h) {
+INLINE void drift(const T *const *c, int head, V *q, V *p, T h, V *keep) {
   for (int i = 0; i < E; ++i) q[i] += h * p[i];
 }
 INLINE void drift_back(const T *const *c, V *const *g, int head, const V *q, const V *p,
-                       V *gq, V *gp, T h) {
+                       V *gq, V *gp, T h, V *keep) {
   for (int i = 0; i < E; ++i) gp[i] += h * gq[i];
 }
 """
 
 _DRIFTS = {
     "revolution": r"""
-INLINE void drift(const T *const *c, int head, V *q, V *p, T h) {
+INLINE void drift(const T *const *c, int head, V *q, V *p, T h, V *keep) {
   for (int k = 0; k < E / 2; ++k) {
     T r = c[0][head * (E / 2) + k], big = c[1][head * (E / 2) + k], half = h / 2 / (r * r);
     V x = q[2 * k] + half * p[2 * k], v = p[2 * k + 1];
@@ -233,7 +270,7 @@ INLINE void drift(const T *const *c, int head, V *q, V *p, T h) {
   }
 }
 INLINE void drift_back(const T *const *c, V *const *g, int head, const V *q, const V *p,
-                       V *gq, V *gp, T h) {
+                       V *gq, V *gp, T h, V *keep) {
   for (int k = 0; k < E / 2; ++k) {
     T r = c[0][head * (E / 2) + k], big = c[1][head * (E / 2) + k], half = h / 2 / (r * r);
     V u = p[2 * k], x = q[2 * k] + half * u, v = p[2 * k + 1];
@@ -264,23 +301,26 @@ INLINE Net net(const T *const *c, V *const *g, int head, int n) {
   if (g) a.g1 = g[0] + m, a.h1 = g[1] + k * SIZE, a.g2 = g[2] + m, a.h2 = g[3] + k * HALF;
   return a;
 }
-INLINE void weigh(const Net &a, const V *y, V *t, V *w) {
-  bent<SIZE>(a.w1, a.b1, y, t, HALF);
+enum { KEEP = SIZE + HALF };
+INLINE void weigh(const Net &a, const V *y, V *t) {
+  V *w = t + SIZE;
+  bent<SIZE, HALF>(a.w1, a.b1, y, t);
   times<HALF, SIZE>(a.w2, t, w);
-  for (int i = 0; i < HALF; ++i) w[i] = f_exp(w[i] + a.b2[i]);
+  for (int i = 0; i < HALF; ++i) w[i] = exp_of(w[i] + a.b2[i]);
 }
-INLINE void slide(const Net &a, V *x, const V *u, const V *y, V *v, T h) {
-  V t[SIZE], w[HALF], e[HALF], d[SIZE], back[HALF];
-  weigh(a, y, t, w);
+INLINE void slide(const Net &a, V *x, const V *u, const V *t, V *v, T h) {
+  V e[HALF], d[SIZE], back[HALF];
+  const V *w = t + SIZE;
   for (int i = 0; i < HALF; ++i) x[i] += h * w[i] * u[i], e[i] = w[i] * u[i] * u[i];
   transposed<HALF, SIZE>(a.w2, e, d);
   for (int m = 0; m < SIZE; ++m) d[m] *= T(1) - t[m] * t[m];
   transposed<SIZE, HALF>(a.w1, d, back);
   for (int i = 0; i < HALF; ++i) v[i] -= h / 2 * back[i];
 }
-INLINE void slide_back(const Net &a, const V *u, const V *y, V *gx, V *gu, V *gy, V *gv, T h) {
-  V t[SIZE], w[HALF], e[HALF], d[SIZE], g[SIZE], gg[SIZE], gd[SIZE], gt[SIZE], ge[HALF], gl[HALF];
-  weigh(a, y, t, w);
+INLINE void slide_back(const Net &a, const V *u, const V *y, const V *t, V *gx, V *gu, V *gy,
+                       V *gv, T h) {
+  V e[HALF], d[SIZE], g[SIZE], gg[SIZE], gd[SIZE], gt[SIZE], ge[HALF], gl[HALF];
+  const V *w = t + SIZE;
   for (int i = 0; i < HALF; ++i) e[i] = w[i] * u[i] * u[i];
   transposed<HALF, SIZE>(a.w2, e, d);
   times<SIZE, HALF>(a.w1, gv, gg);
@@ -308,26 +348,32 @@ INLINE void slide_back(const Net &a, const V *u, const V *y, V *gx, V *gu, V *gy
   transposed<SIZE, HALF>(a.w1, gt, back);
   for (int i = 0; i < HALF; ++i) gy[i] += back[i];
 }
-INLINE void drift(const T *const *c, int head, V *q, V *p, T h) {
+INLINE void drift(const T *const *c, int head, V *q, V *p, T h, V *keep) {
   Net a = net(c, 0, head, 0), b = net(c, 0, head, 1);
-  slide(a, q, p, q + HALF, p + HALF, h / 2);
-  slide(b, q + HALF, p + HALF, q, p, h);
-  slide(a, q, p, q + HALF, p + HALF, h / 2);
+  V t[KEEP];
+  slide(a, q, p, keep, p + HALF, h / 2);
+  weigh(b, q, t);
+  slide(b, q + HALF, p + HALF, t, p, h);
+  weigh(a, q + HALF, keep);
+  slide(a, q, p, keep, p + HALF, h / 2);
+}
+INLINE void ready(const T *const *c, int head, const V *q, V *keep) {
+  weigh(net(c, 0, head, 0), q + HALF, keep);
 }
 INLINE void drift_back(const T *const *c, V *const *g, int head, const V *q0, const V *p0,
-                       V *gq, V *gp, T h) {
+                       V *gq, V *gp, T h, V *keep) {
   Net a = net(c, g, head, 0), b = net(c, g, head, 1);
-  V q[E], p[E], y[HALF], v[HALF], u[HALF];
+  V q[E], p[E], v[HALF], before[KEEP], t[KEEP];
   for (int i = 0; i < E; ++i) q[i] = q0[i], p[i] = p0[i];
-  slide(a, q, p, q + HALF, p + HALF, h / 2);
+  weigh(a, q + HALF, before);
+  slide(a, q, p, before, p + HALF, h / 2);
   for (int i = 0; i < HALF; ++i) v[i] = p[HALF + i];
-  V x[HALF];
-  for (int i = 0; i < HALF; ++i) x[i] = q[i];
-  slide(b, q + HALF, p + HALF, q, p, h);
-  for (int i = 0; i < HALF; ++i) y[i] = q[HALF + i], u[i] = p[i];
-  slide_back(a, u, y, gq, gp, gq + HALF, gp + HALF, h / 2);
-  slide_back(b, v, x, gq + HALF, gp + HALF, gq, gp, h);
-  slide_back(a, p0, q0 + HALF, gq, gp, gq + HALF, gp + HALF, h / 2);
+  weigh(b, q, t);
+  slide(b, q + HALF, v, t, p, h);
+  slide_back(a, p, q + HALF, keep, gq, gp, gq + HALF, gp + HALF, h / 2);
+  slide_back(b, v, q, t, gq + HALF, gp + HALF, gq, gp, h);
+  slide_back(a, p0, q0 + HALF, before, gq, gp, gq + HALF, gp + HALF, h / 2);
+  for (int i = 0; i < KEEP; ++i) keep[i] = before[i];
 }
 """,
 }
@@ -343,7 +389,7 @@ INLINE void phi_of(const V *q, V *x) {
 INLINE void couple(const T *const *c, const V *q, V *f) {
   static thread_local V x[WIDE], t[RANK], y[WIDE];
   phi_of(q, x);
-  bent<RANK>(c[0], c[1], x, t, WIDE);
+  bent<RANK, WIDE>(c[0], c[1], x, t);
   if (FREE) {
     times<N, RANK>(c[2], t, y);
     for (int i = 0; i < N; ++i) f[i] += y[i];
@@ -356,7 +402,7 @@ INLINE void couple(const T *const *c, const V *q, V *f) {
 INLINE void couple_back(const T *const *c, V *const *g, const V *q, const V *u, V *dq) {
   static thread_local V x[WIDE], t[RANK], y[WIDE], cot[WIDE], dx[WIDE], z[RANK], back[WIDE];
   phi_of(q, x);
-  bent<RANK>(c[0], c[1], x, t, WIDE);
+  bent<RANK, WIDE>(c[0], c[1], x, t);
   for (int i = 0; i < WIDE; ++i) dx[i] = V{};
   if (FREE) {
     transposed<N, RANK>(c[2], u, z);
@@ -402,14 +448,16 @@ static void forward(T *const *d, const T *const *c, const double *sizes, long un
   const T *f = d[0] + start;
   T *out_q = d[3] + start, *out_p = d[4] + start;
   V q[N], p[N], push[N];
+  V keep[HEADS * KEEP];
   read(q, d[1] + start, wide, valid);
   read(p, d[2] + start, wide, valid);
+  for (int k = 0; k < HEADS; ++k) ready(c + DRIFTING, first + k, q + k * E, keep + k * KEEP);
   for (long t = 0; t < time; ++t) {
     read(push, f + t * next, wide, valid);
     kick(c, q, p, push, first);
     for (int i = 0; i < N; ++i) p[i] = a * p[i] + h * push[i];
     for (int k = 0; k < HEADS; ++k)
-      drift(c + DRIFTING, first + k, q + k * E, p + k * E, h);
+      drift(c + DRIFTING, first + k, q + k * E, p + k * E, h, keep + k * KEEP);
     for (int i = 0; i < N; ++i) {
       q[i] = wrap(q[i]);
       if (CIRCULAR) p[i] = wrap(p[i]);
@@ -425,6 +473,10 @@ static void backward(T *const *d, const T *const *c, V *const *g, const double *
   const long valid = batch - b < L ? batch - b : L;
   const long wide = units * N, next = batch * wide, start = b * wide + first * E;
   V q[N], p[N], push[N], gq[N], gp[N], slope[N];
+  V keep[HEADS * KEEP];
+  if (time) read(q, d[3] + start + (time - 1) * next, wide, valid);
+  for (int k = 0; k < HEADS && time; ++k)
+    ready(c + DRIFTING, first + k, q + k * E, keep + k * KEEP);
   for (int i = 0; i < N; ++i) gq[i] = gp[i] = V{};
   for (long t = time - 1; t >= 0; --t) {
     long now = start + t * next;
@@ -449,7 +501,7 @@ static void backward(T *const *d, const T *const *c, V *const *g, const double *
 #endif
     for (int k = 0; k < HEADS; ++k)
       drift_back(c + DRIFTING, g + DRIFTING, first + k, q + k * E, push + k * E, gq + k * E,
-                 gp + k * E, h);
+                 gp + k * E, h, keep + k * KEEP);
     for (int i = 0; i < N; ++i) push[i] = h * gp[i], gp[i] *= a;
     write(d[7] + now, push, wide, valid);
 #if FORCED
@@ -496,8 +548,13 @@ def _run(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:
     return (q, p)
 
 
+def _gang(heads: int, rank: int) -> int:
+    # heads moved together: coupled ones must be; else chains that hide each other's waits
+    return heads if rank else math.gcd(heads, 4)
+
+
 @functools.lru_cache(64)
-def _source(
+def _built(
     name: str,
     dtype: torch.dtype,
     heads: int,
@@ -507,14 +564,14 @@ def _source(
     free: bool,
     circular: bool,
     kind: Any,
-) -> str:
+) -> Callable[..., None]:
     forced, curved = int(kind.forces > 0), int(name in _DRIFTS)
     drifting = kind.forces
     coupling = drifting + _TENSORS.get(name, 0)
     count = coupling + ((3 if free else 2) if rank else 0)
     names = {
         "E": dim,
-        "HEADS": heads if rank else 1,
+        "HEADS": _gang(heads, rank),
         "SIZE": size,
         "RANK": rank,
         "FREE": int(free),
@@ -529,13 +586,15 @@ def _source(
         "OMEGA": repr(2 * math.pi / (kind.period or 1.0)),
     }
     defines = "".join(f"#define {key} {value}\n" for key, value in names.items())
-    return (
+    source = (
         f"typedef {_SCALARS[dtype]} T;\n#define MANY_CALLS\n{defines}{HEADER}{_COMMON}"
         + (_FORCES[name] if forced else "")
+        + ("" if name == "metric" else _NOTHING)
         + (_DRIFTS.get(name, _PLAIN_DRIFT))
         + (_COUPLING if rank else "")
         + _RUN
     )
+    return _native.function(source, 2)
 
 
 def _function(motion: Any, inputs: Tensor, tensors: State) -> tuple[Callable[..., None], int]:
@@ -548,10 +607,10 @@ def _function(motion: Any, inputs: Tensor, tensors: State) -> tuple[Callable[...
         size = tensors[0].shape[2]
     rank = coupling[0].shape[0] if coupling else 0
     free = len(coupling) == 3
-    source = _source(
+    run = _built(
         motion.name, inputs.dtype, heads, dim, size, rank, free, motion.circular, motion.kind
     )
-    return _native.function(source, 2), 1 if rank else heads
+    return run, heads // _gang(heads, rank)
 
 
 _WAVES = r"""
@@ -599,12 +658,17 @@ def waves(x: Tensor, period: float) -> tuple[Tensor, Tensor]:
     return _Waves.apply(x, period)  # type: ignore[return-value]
 
 
+@functools.cache
+def _waves_function() -> Callable[..., None]:
+    return _native.function(f"typedef float T;\n{HEADER}{_WAVES}", 2)
+
+
 class _Waves(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, period: float):  # pyright: ignore[reportIncompatibleMethodOverride]
         x = x.contiguous()
         cosine, sine = torch.empty_like(x), torch.empty_like(x)
-        run = _native.function(f"typedef float T;\n{HEADER}{_WAVES}", 2)
+        run = _waves_function()
         pointers = _native.pointers([x, cosine, sine])
         rate = torch.tensor([4 / period], dtype=torch.float64)
 

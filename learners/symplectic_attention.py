@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from darboux.learners import _coordinate_kernel, base
 from darboux.learners._motion_kernel import kernel_of, waves
@@ -33,6 +32,8 @@ from darboux.learners.recurrence import ENGINES, Cell, State, choose, run
 
 MANIFOLDS = (*KINDS, "rotation")
 COUPLINGS = (None, "gradient", "free")
+
+_PIECE = 16384  # tokens whose features the caches hold
 
 
 class Phase(NamedTuple):
@@ -250,18 +251,51 @@ class SymplecticAttention(nn.Module):
         return [*rows, *_waves(p, period)] if circular else [*rows, p]
 
     def forward(self, x: Tensor, state: Phase | None = None) -> tuple[Tensor, Phase]:
-        """Return ``(batch, time, width)`` and the state after it."""
-        at, cell, f = self._start(x, state), self.cell(), self.forces(x)
-        kernel = self.engine == "kernel" or self.engine == "auto" and choose(cell, f) == "kernel"
+        """Return ``(batch, time, width)`` and the state after it.
+
+        Without gradients the native kernel takes long sequences in pieces, so that what is held
+        besides ``x`` and ``y`` does not grow.
+        """
+        at, cell = self._start(x, state), self.cell()
+        kernel = self.engine == "kernel" or (
+            self.engine == "auto" and choose(cell, x.to(self.drive.weight.dtype)) == "kernel"
+        )
+        # shorter pieces would not be the kernel's
+        count = min(x.shape[0] * x.shape[1] // _PIECE, x.shape[1] // 128)
+        mixed = torch.is_autocast_enabled(x.device.type)
+        if kernel and count > 1 and not (torch.is_grad_enabled() or mixed):
+            y, at = self._in_pieces(cell, x, at, count)
+        else:
+            y, at = self._one(cell, x, at, kernel)
+        return y, Phase(*at)
+
+    def _in_pieces(self, cell: Cell, x: Tensor, at: State, count: int) -> tuple[Tensor, State]:
+        y = x.new_empty(x.shape)
+        if self._alone() and x.shape[1] <= _PIECE:  # whole sequences, which are not copied
+            rows = _PIECE // x.shape[1]
+            split = zip(*(z.split(rows) for z in (x, y, *at)), strict=True)
+            ends = [self._one(cell, a, (q, p), True, b)[1] for a, b, q, p in split]
+            return y, tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
+        begin = 0
+        for piece in x.tensor_split(count, 1):
+            y[:, begin : begin + piece.shape[1]], at = self._one(cell, piece, at, True)
+            begin += piece.shape[1]
+        return y, at
+
+    def _one(
+        self, cell: Cell, x: Tensor, at: State, kernel: bool, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        f = self.forces(x)
         if kernel and self._alone():
             features, last = _coordinate_kernel.features(self.motion(), cell.parameters, f, at)
-            return self.out(features), Phase(*last)
-        path, last = run(cell, f, at, self.engine)
-        last = Phase(*last)
+            out = None if out is None else out.flatten(0, 1)
+            y = torch.mm(features.flatten(0, 1), self.out.weight.mT, out=out).add_(self.out.bias)
+            return y.unflatten(0, f.shape[:2]), last
+        path, last = run(cell, f, at, "kernel" if kernel else self.engine)
         rows = self.read(Phase(*(part.transpose(0, 1) for part in path)))
         # out(cat(rows)) without the copy
         weights = self.out.weight.split([row.shape[-1] for row in rows], -1)
-        y = linear(rows[0].flatten(0, 1), weights[0], self.out.bias)
+        y = torch.mm(rows[0].flatten(0, 1), weights[0].mT).add_(self.out.bias)
         for row, weight in zip(rows[1:], weights[1:], strict=True):
             y = torch.addmm(y, row.flatten(0, 1), weight.mT)
         return y.unflatten(0, rows[0].shape[:2]).transpose(0, 1), last
