@@ -179,7 +179,6 @@ class Run(NamedTuple):
     solved: int | None
     longer: tuple[float, ...]
     parameters: int
-    loss: float  # of the last tenth of the steps, in nats
 
 
 def accuracy(model: nn.Module, task: Task, size: int, count: int) -> float:
@@ -199,7 +198,7 @@ def train(make: Callable[[], nn.Module], task: Task, seed: int, layers: int) -> 
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 5e-3, total_steps=task.steps, pct_start=0.1
     )
-    solved, losses = None, []
+    solved = None
     for step in range(1, task.steps + 1):
         batch = task.draw(BATCH, task.size, generator)
         logits = model(batch.tokens).flatten(0, 1)
@@ -209,13 +208,11 @@ def train(make: Callable[[], nn.Module], task: Task, seed: int, layers: int) -> 
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.detach())
         if solved is None and step % 20 == 0 and accuracy(model, task, task.size, 100) >= 0.99:
             solved = step
     longer = tuple(accuracy(model, task, size, 200) for size in task.longer)
     count = sum(p.numel() for p in model.parameters())
-    loss = float(torch.stack(losses[-(task.steps // 10) :]).mean())
-    return Run(accuracy(model, task, task.size, 1000), solved, longer, count, loss)
+    return Run(accuracy(model, task, task.size, 1000), solved, longer, count)
 
 
 # %%
@@ -290,38 +287,5 @@ def main(out: str | Path = ".", *, quick: bool = False) -> Result:
     return Result(runs, best, picture)
 
 
-# %%
-# Is there a scaling law?
-# -----------------------
-# The text fits :math:`\gamma^* = 4.17\,N^{-0.74}` to the best gamma of six depths N, on queries and
-# keys. Run with ``--depth`` for the same question here: the gamma of least loss after few steps,
-# for each seed, and the exponent through these.
-
-
-def depth_law(
-    depths: tuple[int, ...] = (1, 2, 4), gammas: tuple[float, ...] = (0.3, 1.0, 2.0, 4.0),
-    *, seeds: int = 3, steps: int = 150,
-) -> list[float]:  # fmt: skip
-    """Print the loss of each depth and gamma; return the exponent for each seed."""
-    task = TASKS["recall, 8 pairs"]._replace(steps=steps)
-    print(f"layers  loss at gamma {gammas}")
-    best = []
-    for depth in depths:
-        runs = [
-            [train(lambda g=g: SWEEPS["both"](g), task, s, depth) for g in gammas]
-            for s in range(seeds)
-        ]
-        losses = torch.tensor([[run.loss for run in line] for line in runs])
-        best.append([gammas[int(i)] for i in losses.argmin(1)])
-        print(f"{depth:6}  {[round(x, 3) for x in losses.mean(0).tolist()]}  best {best[-1]}")
-    n, y = torch.tensor(depths).log(), torch.tensor(best).log()
-    slopes = ((n - n.mean()) @ (y - y.mean(0)) / (n - n.mean()).square().sum()).tolist()
-    print(f"exponents {[round(x, 2) for x in slopes]}, in the text -0.74")
-    return slopes
-
-
 if __name__ == "__main__":
-    if "--depth" in sys.argv:
-        depth_law()
-    else:
-        main(quick="--quick" in sys.argv)
+    main(quick="--quick" in sys.argv)

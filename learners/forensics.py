@@ -239,7 +239,7 @@ def phase_space(gamma: float, *, dim: int = 3, time: int = 6) -> PhaseSpace:
     return PhaseSpace(
         float(audit.symplecticity_defect(step, z)),
         float(audit.volume_defect(step, z)),
-        abs(float(torch.linalg.det(jacobian.reshape(x.numel(), -1)))),
+        float(torch.linalg.svdvals(jacobian.reshape(x.numel(), -1)).prod()),
         abs(1 + gamma) ** (dim * (time - 1)),
     )
 

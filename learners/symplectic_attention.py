@@ -384,7 +384,9 @@ def audit(
         factors = (carried * omega).sum((-2, -1)) / (2 * n)
         factor = float(factors[(factors - declared.factor).abs().argmax()])
         defect = float((carried - declared.factor * omega).abs().max())
-    sign, size = torch.linalg.slogdet(j)
+    values = torch.linalg.eigvals(j)
+    size = values.abs().log().sum(-1)
+    sign = (values / values.abs()).prod(-1).real
     det = sign * size.exp()
     ratio = sign * (size - (n * math.log(declared.factor) if p.shape[-1] else 0)).exp()
     worst = (ratio - 1).abs().argmax()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from darboux import _plot_scene
 
@@ -28,7 +29,7 @@ def example(monkeypatch):
     names = ("torus_geodesics", "digits_latent", "outer_solar_system", "henon_heiles", "main_job")
     names += ("drum_shapes", "metric_flows", "particle_flows", "word_problems", "sequence_tasks")
     names += ("spectral_memory", "particle_acceleration", "momentum_recall", "parity")
-    names += ("character_model", "phase_portraits")
+    names += ("character_model", "phase_portraits", "momentum_claims")
 
     def load(name):
         module = importlib.import_module(name)
@@ -264,3 +265,40 @@ def test_character_model(example, tmp_path, capsys):
         assert row.stream == pytest.approx(row.windows, abs=0.1)
     assert " goes on from " in capsys.readouterr().out
     assert result.files[0].read_text().count("\n") == 3
+
+
+def test_momentum_claims(example, tmp_path, capsys):
+    claims = example("momentum_claims")
+    # a law that holds is found, with its interval; and the least point of a parabola
+    depths = torch.tensor([1.0, 2.0, 3.0, 5.0, 8.0], dtype=torch.float64)
+    noise = torch.tensor([[-0.1, 0.1]], dtype=torch.float64).exp()
+    best = 4.17 * depths.unsqueeze(-1) ** -0.74 * noise
+    law = claims.fit_law("both", (1, 2, 3, 5, 8), best, (0.1, 8.0))
+    assert law.exponent == pytest.approx(-0.74)
+    assert law.factor == pytest.approx(4.17)
+    # seeds drawn at five depths: the exponent's standard error is that of the noise, 0.1 / sqrt 2
+    x = depths.log() - depths.log().mean()
+    error = float(0.1 / (2 * x.square().sum()).sqrt())
+    assert law.interval[1] - law.interval[0] == pytest.approx(2 * 1.96 * error, rel=0.15)
+    losses = [math.exp((math.log(g) - math.log(2.2)) ** 2) for g in claims.GAMMAS]
+    assert claims.best_gamma(claims.GAMMAS, losses) == pytest.approx(2.2)
+    # one hop further on, in the edges as they stand
+    task = claims.chains(20, torch.Generator().manual_seed(0), 2)
+    for tokens, targets in zip(task.tokens.tolist(), task.targets.tolist(), strict=True):
+        edges = dict(zip(tokens[0:24:3], tokens[1:24:3], strict=True))
+        asked = [(x, y) for x, y in zip(tokens, targets, strict=True) if y != -100]
+        assert [edges[edges[x]] for x, _ in asked] == [y for _, y in asked]
+
+    result = claims.main(tmp_path, quick=True)
+    found = {(r.task, r.variant): r for r in result.rows if r.part == "tasks"}
+    delayed, plain = found["induction", "keys, gamma -1"], found["induction", "plain"]
+    assert delayed.accuracy > 0.9 > 0.6 > plain.accuracy
+    assert found["majority", "plain"].accuracy > 0.95  # a sum needs no momentum
+    assert delayed.parameters == plain.parameters
+    assert {(r.part, r.task) for r in result.rows[4:]} == {
+        ("chains", "word"), ("chains", "chain"), ("depth", "recall")
+    }  # fmt: skip
+    assert "in the text 4.17" in capsys.readouterr().out
+    assert result.files[0].read_text().count("\n") == 1 + len(result.rows)
+    names = {f"momentum_claims_{part}.png" for part in ("tasks", "chains", "depth")}
+    check_files(result.files[1:], names)

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from darboux.learners import deer
+from darboux.learners import deer, recurrence
 from darboux.learners.heads import Motion, quaternion_product, unit
 from darboux.learners.recurrence import Cell, affine_scan, fold, reversible, run, scan, sequential
 
@@ -203,8 +203,8 @@ def test_without_a_compiler_the_loop_runs_and_says_so(monkeypatch):
     assert torch.equal(path[1], again[1])
 
 
-@pytest.mark.slow
-def test_compiled_engine_is_the_loop():
+def test_compiled_engine_is_the_loop(monkeypatch):
+    monkeypatch.setattr(recurrence, "_UNROLL", 4)  # 16 compile for four times as long
     cell, inputs = tanh_cell(), rand(2, 35, 3)
     state = (rand(2, 3, seed=3), rand(2, 3, seed=4))
     wanted, slopes = path_and_slopes(cell, inputs, state, "sequential")
