@@ -234,18 +234,18 @@ def flip(tri: Triangles, datum: Tensor, u: Tensor) -> tuple[Triangles, list[dela
     Comput. Geom. 64; Gillespie, Springborn and Crane (2021), ACM Trans. Graph. 40.
     """
     corner, side = tri.corner.numpy().copy(), tri.side.numpy().copy()
-    halves = delaunay._halves(side, len(datum))
+    halves = delaunay.half_edges(side, len(datum))
     inner = np.flatnonzero(halves[:, 1] < side.size)
     log = datum + u[tri.ends].sum(-1) / 2
     rounds: list[delaunay.Round] = []
     while True:
-        around = delaunay._around(side, halves, inner)
+        around = delaunay.quadrilaterals(side, halves, inner)
         l, p, q, r, s = (log[torch.from_numpy(i)] for i in around)
         # the sum of the cosines of the angles that face the edge
         faced = (p - q).cosh() + (r - s).cosh() - (
             (2 * l - p - q).exp() + (2 * l - r - s).exp()
         ) / 2  # fmt: skip
-        chosen = delaunay._independent(faced.numpy(), halves[inner] // 3)
+        chosen = delaunay.independent(faced.numpy(), halves[inner] // 3)
         if not len(chosen):
             break
         if len(rounds) == _ROUNDS:
@@ -255,7 +255,7 @@ def flip(tri: Triangles, datum: Tensor, u: Tensor) -> tuple[Triangles, list[dela
         step = tuple(torch.from_numpy(i[chosen]) for i in around)
         log = ptolemy(log, step)
         rounds.append(step)
-        halves = delaunay._turn(corner, side, halves, inner[chosen])
+        halves = delaunay.turn(corner, side, halves, inner[chosen])
     if not rounds:
         return tri, rounds
     return _renewed(tri, torch.from_numpy(corner), torch.from_numpy(side)), rounds
@@ -270,11 +270,11 @@ def straighten(
     those of the given metric, along its geodesics; Ptolemy's come after.
     """
     squares = lengths.square()
-    corner, sides, rounds = delaunay._flips(topology, values(squares))
+    corner, sides, rounds = delaunay.flip_rounds(topology, values(squares))
     if not rounds:
         return tri, lengths, 0
     for step in rounds:
-        squares = squares.scatter(0, step[0], delaunay._across(*(squares[e] for e in step)))
+        squares = squares.scatter(0, step[0], delaunay.other_diagonal(*(squares[e] for e in step)))
     count = sum(len(step[0]) for step in rounds)
     return _renewed(tri, corner.cpu(), sides.cpu().flip(-1)), squares.sqrt(), count
 

@@ -22,8 +22,6 @@ from torch import Tensor
 from darboux import _checks
 from darboux.flows import gaussian, kernel_sums
 
-CHUNK = 64  # tokens between which causal linear attention passes a matrix on
-
 
 class Averages(NamedTuple):
     """What one look of every query at a moving cloud gives, see :func:`look`."""
@@ -179,8 +177,8 @@ def stein_field(
     if causal:
         count = torch.arange(1, x.shape[-2] + 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
         start = x.new_zeros(*x.shape[:-2], x.shape[-1], y.shape[-1])
-        v, _ = linear_attend(x @ A, x, y, start)
-        bend, _ = linear_attend(y, y, x @ A.mT, start.mT)
+        v, _ = kernel_sums.causal_linear_sum(x @ A, x, y, start)
+        bend, _ = kernel_sums.causal_linear_sum(y, y, x @ A.mT, start.mT)
         return v / count, -alpha * y - bend / count + x @ V.mT
     C = x.mT @ y / x.shape[-2]
     return x @ A @ C, -alpha * y - y @ (C.mT @ A) + x @ V.mT
@@ -195,25 +193,3 @@ def stein_closure(
     """
     G = S @ C @ A @ C
     return G + G.mT, -alpha * S - A @ C @ S.mT @ S + V - S @ S @ C @ A
-
-
-def linear_attend(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`\sum_{j \le i}(q_i \cdot k_j)v_j` ``(..., T, c)`` and the matrix at the end.
-
-    ``start (..., e, c)`` is :math:`\sum k_j \otimes v_j` over all that came before. Time and
-    memory are linear in ``T``: tokens of one ``chunk`` see each other through a square of scores,
-    earlier ones through the matrix.
-    """
-    n = q.shape[-2]
-    pad = -n % min(chunk, n)
-    size = min(chunk, n)
-
-    def cut(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(-2, (-1, size))
-
-    q, k, v = cut(q), cut(k), cut(v)
-    sums = torch.cat([start.unsqueeze(-3), k.mT @ v], -3).cumsum(-3)
-    out = (q @ k.mT).tril() @ v + q @ sums[..., :-1, :, :]
-    return out.flatten(-3, -2)[..., :n, :], sums[..., -1, :, :]

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from darboux import _checks
 from darboux._checks import ConvergenceError
@@ -93,7 +92,7 @@ def attention(
     v = w.unsqueeze(-1) * v
     if mask is None:
         if norm == "linear":
-            return _causal_linear(q, k, v) if causal else q @ (k.mT @ v)
+            return kernel_sums.causal_linear_sum(q, k, v)[0] if causal else q @ (k.mT @ v)
         top = kernel_sums._log_sum_values(q, k, causal)
         return kernel_sums.exp_sum(q, k, v, top, causal) * top.exp().unsqueeze(-1)
 
@@ -103,19 +102,6 @@ def attention(
         return torch.where(mask[..., start : start + part.shape[-2], :], a, 0.0) @ v
 
     return kernel_sums.by_rows(rows, q, m * max(1, q[..., 0, 0].numel()))
-
-
-def _causal_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # blocks of tokens: inside by a small triangle, before by running sums of k v^T
-    n = q.shape[-2]
-    size = min(n, 64)
-    blocks = -(-n // size)
-    q, k, v = (
-        pad(z, (0, 0, 0, blocks * size - n)).unflatten(-2, (blocks, size)) for z in (q, k, v)
-    )
-    past = pad((k.mT @ v).cumsum(-3)[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
-    out = (q @ k.mT).tril() @ v + q @ past
-    return out.flatten(-3, -2)[..., :n, :]
 
 
 def _biased(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

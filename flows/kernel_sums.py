@@ -143,6 +143,25 @@ def by_rows(f: Callable[[Tensor, int], Tensor], x: Tensor, row: int) -> Tensor:
     return torch.cat(parts, -2)
 
 
+def causal_linear_sum(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`\sum_{j \le i}(q_i \cdot k_j)v_j` ``(..., T, c)`` and the matrix at the end.
+
+    ``start (..., e, c)`` is :math:`\sum k_j \otimes v_j` over all that came before. Time and
+    memory are linear in ``T``: tokens of one ``chunk`` see each other through a square of scores,
+    earlier ones through the matrix.
+    """
+    n = q.shape[-2]
+    size = min(chunk, n)
+    q, k, v = (pad(x, (0, 0, 0, -n % size)).unflatten(-2, (-1, size)) for x in (q, k, v))
+    own = k.mT @ v
+    before = torch.zeros_like(own[..., :1, :, :]) if start is None else start.unsqueeze(-3)
+    sums = torch.cat([before, own], -3).cumsum(-3)
+    out = (q @ k.mT).tril() @ v + q @ sums[..., :-1, :, :]
+    return out.flatten(-3, -2)[..., :n, :], sums[..., -1, :, :]
+
+
 # -- sums of exponentials ------------------------------------------------------------------
 
 

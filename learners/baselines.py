@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu, logsigmoid, pad
+from torch.nn.functional import elu, logsigmoid
 
+from darboux.flows.kernel_sums import causal_linear_sum
 from darboux.learners import base
 from darboux.learners.attention import check_heads, join_heads, split_heads
+from darboux.learners.recurrence import affine_scan
 
 
 class Hidden(NamedTuple):
@@ -96,7 +98,7 @@ class LinearAttention(nn.Module):
         _check("LinearAttention", x, self.width, self.out.weight, state, Moments, *shapes)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))
         q, k = elu(q) + 1, elu(k) + 1
-        y, state = _kernel_attention(q, k, v, state, min(self.chunk, x.shape[1]))
+        y, state = _kernel_attention(q, k, v, state, self.chunk)
         return self.out(join_heads(y)), state
 
 
@@ -104,18 +106,12 @@ def _kernel_attention(
     q: Tensor, k: Tensor, v: Tensor, state: Moments | None, chunk: int
 ) -> tuple[Tensor, Moments]:
     """Return the attention of positive features ``q, k (b, h, time, e)`` and the new moments."""
-    time, one = q.shape[2], v.new_ones(())
+    one = v.new_ones(())
     v = torch.cat([v, one.expand(*v.shape[:-1], 1)], -1)  # the last column sums the weights
-    missing = -time % chunk
-    q, k, v = (pad(part, (0, 0, 0, missing)).unflatten(2, (-1, chunk)) for part in (q, k, v))
-    sums = (k.mT @ v).cumsum(2)  # (b, h, chunks, e, e + 1), each with its own chunk
-    start = torch.zeros_like(sums[:, :, :1])
+    start = None
     if state is not None:
-        start = torch.cat([state.values, state.weights.unsqueeze(-1)], -1).unsqueeze(2)
-    past = start + torch.cat([torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]], 2)
-    total = (q @ k.mT).tril() @ v + q @ past
-    total = total.flatten(2, 3)[:, :, :time]
-    end = start[:, :, 0] + sums[:, :, -1]
+        start = torch.cat([state.values, state.weights.unsqueeze(-1)], -1)
+    total, end = causal_linear_sum(q, k, v, start, chunk)
     # features underflow to zero where all keys are far below zero
     y = total[..., :-1] / total[..., -1:].clamp_min(torch.finfo(total.dtype).tiny ** 0.5)
     return y, Moments(end[..., :-1], end[..., -1])
@@ -158,22 +154,11 @@ class DiagonalRecurrence(nn.Module):
             a = z.sigmoid()
             scale = torch.exp(0.5 * logsigmoid(-z)) * torch.sqrt(1 + a)
         start = self.start.expand(len(x), -1) if state is None else state.numbers
-        h = _scan(a, scale * self.values(x), start)
+        h = affine_scan(
+            a[..., None, None], (scale * self.values(x)).unsqueeze(-1), start.unsqueeze(-1)
+        )
+        h = h.squeeze(-1)
         return self.out(h), Diagonal(h[:, -1])
-
-
-def _scan(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """Return all ``h_t = a_t h_{t-1} + b_t`` of ``a, b (batch, time, size)`` (Hillis and Steele).
-
-    ``log2(time)`` rounds, each composing every affine map with the one ``step`` before it.
-    """
-    b = torch.cat([(a[:, :1] * start.unsqueeze(1) + b[:, :1]), b[:, 1:]], 1)
-    step = 1
-    while step < a.shape[1]:
-        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], 1)
-        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
-        step *= 2
-    return b
 
 
 class Turns(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from darboux.flows.accelerated_attention import linear_attend
+from darboux.flows.kernel_sums import causal_linear_sum
 from darboux.learners import base
 from darboux.learners.attention import check_heads, join_heads, split_heads
 from darboux.learners.moving_attention import (
@@ -160,7 +160,7 @@ class _Sums:
         if self.block.causality == "bidirectional":
             return q @ (q.mT @ v) / q.shape[-2]
         old = self.old[len(self.new)]
-        out, end = linear_attend(q, q, v, old.mT if transposed else old)
+        out, end = causal_linear_sum(q, q, v, old.mT if transposed else old)
         self.new.append(end.mT if transposed else end)
         return out / self.among
 

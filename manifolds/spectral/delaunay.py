@@ -36,9 +36,9 @@ def flip(topology: Topology, vertices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     numbers = _checks.values(squares)
     if numbers.ndim > 1:
         raise ValueError("delaunay: under vmap each mesh has its own flips, expected one mesh")
-    corners, sides, rounds = _flips(topology, numbers)
+    corners, sides, rounds = flip_rounds(topology, numbers)
     for step in rounds:
-        squares = squares.scatter(0, step[0], _across(*(squares[e] for e in step)))
+        squares = squares.scatter(0, step[0], other_diagonal(*(squares[e] for e in step)))
     return squares, corners, sides
 
 
@@ -50,7 +50,7 @@ def twice_area(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return product.clamp(min=0).sqrt() / 2
 
 
-def _across(l: Tensor, p: Tensor, q: Tensor, r: Tensor, s: Tensor) -> Tensor:
+def other_diagonal(l: Tensor, p: Tensor, q: Tensor, r: Tensor, s: Tensor) -> Tensor:
     # edge ab with |ab|^2 = l, and c, d on either side: p, q = |ca|^2, |cb|^2; r, s those of d
     along = (p + l - q) * (r + l - s) / 4
     upward = twice_area(l, p, q) * twice_area(l, r, s)
@@ -58,7 +58,7 @@ def _across(l: Tensor, p: Tensor, q: Tensor, r: Tensor, s: Tensor) -> Tensor:
 
 
 @constant
-def _flips(topology: Topology, squares: Tensor) -> tuple[Tensor, Tensor, list[Round]]:
+def flip_rounds(topology: Topology, squares: Tensor) -> tuple[Tensor, Tensor, list[Round]]:
     """Flip on numbers: return corners and sides of the triangles, and the edges of each round.
 
     A round flips edges that share no triangle, the most obtuse first.
@@ -70,14 +70,14 @@ def _flips(topology: Topology, squares: Tensor) -> tuple[Tensor, Tensor, list[Ro
     side = np.where(turned, side[:, [0, 2, 1]], side)  # facing each corner
     device = squares.device
     square = squares.to("cpu", torch.float64, copy=True)
-    halves = _halves(side, len(square))
+    halves = half_edges(side, len(square))
     inner = np.flatnonzero(halves[:, 1] < side.size)
     rounds: list[Round] = []
     while True:
-        around = _around(side, halves, inner)
+        around = quadrilaterals(side, halves, inner)
         l, p, q, r, s = (square[torch.from_numpy(e)] for e in around)
         cotangents = (p + q - l) / twice_area(l, p, q) + (r + s - l) / twice_area(l, r, s)
-        chosen = _independent(cotangents.numpy(), halves[inner] // 3)
+        chosen = independent(cotangents.numpy(), halves[inner] // 3)
         if not len(chosen):
             sides = torch.from_numpy(side[:, ::-1].copy())
             return torch.from_numpy(corner).to(device), sides.to(device), rounds
@@ -86,12 +86,12 @@ def _flips(topology: Topology, squares: Tensor) -> tuple[Tensor, Tensor, list[Ro
                 f"delaunay: edges are left to flip after {_ROUNDS} rounds", iterations=_ROUNDS
             )
         step = tuple(torch.from_numpy(e[chosen]) for e in around)
-        square[step[0]] = _across(*(square[e] for e in step))
+        square[step[0]] = other_diagonal(*(square[e] for e in step))
         rounds.append(tuple(e.to(device) for e in step))
-        halves = _turn(corner, side, halves, inner[chosen])
+        halves = turn(corner, side, halves, inner[chosen])
 
 
-def _halves(side: np.ndarray, edges: int) -> np.ndarray:
+def half_edges(side: np.ndarray, edges: int) -> np.ndarray:
     """Return the places ``(e, 2)`` of each edge in ``side.flat``; the end where there is one."""
     order = np.argsort(side, axis=None, kind="stable")
     count = np.bincount(side.reshape(-1), minlength=edges)
@@ -104,15 +104,18 @@ def _next(place: np.ndarray, steps: int) -> np.ndarray:
     return place // 3 * 3 + (place + steps) % 3
 
 
-def _around(side: np.ndarray, halves: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, ...]:
-    # triangles (c, a, b) and (d, b, a), which face their common edge with c and d
+def quadrilaterals(
+    side: np.ndarray, halves: np.ndarray, edges: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Return ``edges`` and the four around each: of triangles (c, a, b), (d, b, a) on edge ab."""
     flat, (c, d) = side.reshape(-1), halves[edges].T
     ca, cb = flat[_next(c, 2)], flat[_next(c, 1)]
     da, db = flat[_next(d, 1)], flat[_next(d, 2)]
     return edges, ca, cb, da, db
 
 
-def _independent(cotangents: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+def independent(cotangents: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+    """Return edges to flip, the worst first, of which no two share a triangle."""
     bad = np.flatnonzero((cotangents < -_TOLERANCE) & (triangles[:, 0] != triangles[:, 1]))
     bad = bad[np.argsort(cotangents[bad], kind="stable")]
     rank, (one, two) = np.arange(len(bad)), triangles[bad].T
@@ -122,11 +125,9 @@ def _independent(cotangents: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     return bad[(best[one] == rank) & (best[two] == rank)]
 
 
-def _turn(
-    corner: np.ndarray, side: np.ndarray, halves: np.ndarray, edges: np.ndarray
-) -> np.ndarray:
+def turn(corner: np.ndarray, side: np.ndarray, halves: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Flip edges that share no triangle, in place; return where the halves of edges are now."""
-    _, ca, cb, da, db = _around(side, halves, edges)
+    _, ca, cb, da, db = quadrilaterals(side, halves, edges)
     at_c, at_d = halves[edges].T
     one, two = at_c // 3, at_d // 3
     flat = corner.reshape(-1)
