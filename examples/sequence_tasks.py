@@ -61,6 +61,11 @@ def blocks(mixer: Callable[[int], nn.Module]) -> Make:
     ]
 
 
+def gated(manifold: str, gate: str) -> Make:
+    """Return what makes blocks of symplectic heads whose tokens choose what is kept."""
+    return blocks(lambda w: SymplecticAttention(w, HEADS, manifold=manifold, gate=gate))
+
+
 def sympformer(kind: str) -> Make:
     """Return what makes a stack of accelerated attention."""
     return lambda width, depth, hidden: [SympFormer(width, HEADS, depth, kind, hidden=hidden)]
@@ -80,6 +85,16 @@ GEOMETRIC: dict[str, Make] = {
     "symplectic potential": blocks(lambda w: SymplecticAttention(w, HEADS)),
     "symplectic torus": blocks(lambda w: SymplecticAttention(w, HEADS, manifold="torus")),
     "symplectic metric": blocks(lambda w: SymplecticAttention(w, HEADS, manifold="metric")),
+    **{
+        f"gated {manifold}": gated(manifold, gate)
+        for manifold, gate in (
+            ("oscillator", "phase"),
+            ("potential", "phase"),
+            ("metric", "phase"),
+            ("revolution", "momenta"),
+            ("low_rank", "momenta"),
+        )
+    },
     "symplectic rotation": blocks(lambda w: SymplecticAttention(w, HEADS, manifold="rotation")),
     "spectral": blocks(lambda w: SpectralAttention(w, 27)),
     "spectral, frozen": blocks(lambda w: SpectralAttention(w, 27, heads=HEADS, strength=0.0)),

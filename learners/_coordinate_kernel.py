@@ -26,6 +26,7 @@ typedef decltype(W() < W()) Z;
 typedef UINT U __attribute__((vector_size(64)));
 enum { LANES = 64 / sizeof(T), BITS = 8 * sizeof(T), GROUPS = (N + LANES - 1) / LANES };
 enum { ANGLES = WAVES && PERIODIC, WIDE = N * (2 + ANGLES + (ANGLES && CIRCULAR)) };
+enum { IN = N * (1 + GATES), OF_P = ANGLES ? 2 * N : N };
 #define INLINE static inline __attribute__((always_inline))
 #define EACH for (int g = 0; g < GROUPS; ++g)
 #define TURN (T(UINT(1) << (BITS - 2)) * 4)
@@ -80,10 +81,12 @@ INLINE void wave(U u, W &cosine, W &sine) {
 }
 #if PERIODIC
 typedef U Q;
+INLINE U shrunk(U q, W) { return q; }  // angles have no gate
 INLINE U place(W q) { return turned(q * T(1 / PERIOD)); }
 INLINE W number(U q) { return angle(q); }
 #else
 typedef W Q;
+INLINE W shrunk(W q, W scale) { return q * scale; }
 INLINE W place(W q) { return q; }
 INLINE W number(W q) { return q; }
 #endif
@@ -102,9 +105,9 @@ INLINE W sine_at(W q) {
   return s;
 }
 
-// d: f, q0, p0, coefficient, rows, last q, last p
+// d: f and gates, q0, p0, coefficient, rows, last q, last p
 INLINE void forward(T *const *d, long time, T h, T a, long b) {
-  const T *f = d[0] + b * time * N;
+  const T *f = d[0] + b * time * IN;
   T *row = d[4] + b * time * WIDE;
   Q q[GROUPS];
   P p[GROUPS];
@@ -117,7 +120,7 @@ INLINE void forward(T *const *d, long time, T h, T a, long b) {
     k[g] = get(d[3], g), old[g] = FORCE == 2 ? sine_at(x) : x;
 #endif
   }
-  for (long t = 0; t < time; ++t, f += N, row += WIDE)
+  for (long t = 0; t < time; ++t, f += IN, row += WIDE)
     EACH {
       W push = get(f, g);
 #if CIRCULAR
@@ -125,6 +128,11 @@ INLINE void forward(T *const *d, long time, T h, T a, long b) {
       p[g] += turned(push);
       q[g] += p[g];
 #else
+      if (GATES) p[g] *= get(f + N, g);
+      if (GATES == 2) {
+        W scale = get(f + 2 * N, g);
+        q[g] = shrunk(q[g], scale), old[g] *= scale;
+      }
       if (FORCE) push -= k[g] * old[g];
       p[g] = a * p[g] + h * push;
       if (PERIODIC) bad[g] += p[g] * T(0);
@@ -166,7 +174,8 @@ INLINE void backward(T *const *d, long time, T h, T a, long b) {
   }
   for (long t = time - 1; t >= 0; --t) {
     const T *row = d[4] + (b * time + t) * WIDE, *slope = d[7] + (b * time + t) * WIDE;
-    T *gf = d[10] + (b * time + t) * N;
+    const T *gate = d[0] + (b * time + t) * IN + N;
+    T *gf = d[10] + (b * time + t) * IN;
     EACH {
       if (ANGLES) {
         gq[g] += rate * (get(row, g) * get(slope + N, g) - get(row + N, g) * get(slope, g));
@@ -178,18 +187,29 @@ INLINE void backward(T *const *d, long time, T h, T a, long b) {
       gp[g] += h * gq[g];
       W push = h * gp[g];
       put(gf, g, push);
+      const T *from = t ? row - WIDE : d[1] + b * N;
       if (FORCE == 1) {
-        gk[g] -= push * get(t ? row - WIDE : d[1] + b * N, g);
+        W q = get(from, g);
+        if (GATES == 2) q *= get(gate + N, g);
+        gk[g] -= push * q;
         gq[g] -= push * k[g];
       }
       if (FORCE == 2) {
         W c, s;
         if (ANGLES && t) c = get(row - WIDE, g), s = get(row - WIDE + N, g);
-        else wave(turned(get(t ? row - WIDE : d[1] + b * N, g) * T(1 / PERIOD)), c, s);
+        else wave(turned(get(from, g) * T(1 / PERIOD)), c, s);
         gk[g] -= push * s;
         gq[g] -= push * k[g] * c;
       }
       gp[g] *= a;
+      if (GATES) {
+        put(gf + N, g, gp[g] * get(t ? from + OF_P : d[2] + b * N, g));
+        gp[g] *= get(gate, g);
+      }
+      if (GATES == 2) {
+        put(gf + 2 * N, g, gq[g] * get(from, g));
+        gq[g] *= get(gate + N, g);
+      }
     }
   }
   EACH {
@@ -233,7 +253,7 @@ def features(
 def path(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:
     """Return what :class:`~darboux.learners.recurrence.Cell` takes from its kernel."""
     rows, _ = features(motion, tensors, inputs, state, waves=False)
-    q, p = rows.unflatten(-1, (2, *inputs.shape[2:])).unbind(2)
+    q, p = rows.unflatten(-1, (2, *state[0].shape[1:])).unbind(2)
     return q, p
 
 
@@ -247,6 +267,7 @@ def _function(motion: Any, dtype: torch.dtype, count: int, waves: bool) -> Calla
         "PERIODIC": int(period is not None),
         "CIRCULAR": int(motion.circular),
         "FORCE": _FORCES[motion.name],
+        "GATES": motion.gates,
         "PERIOD": repr(period or 1.0),
         "WHOLE": repr(2.0**52 if double else 2.0**23),
     }
@@ -261,8 +282,8 @@ class _Coordinates(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, motion: Any, waves: bool, inputs: Tensor, q: Tensor, p: Tensor, *tensors: Tensor
     ):
-        batch, time, *shape = inputs.shape
-        count = math.prod(shape)
+        batch, time = inputs.shape[:2]
+        count = math.prod(q.shape[1:])
         wide = 2
         if waves and motion.kind.period is not None:
             wide = 4 if motion.circular else 3
@@ -290,8 +311,8 @@ class _Coordinates(torch.autograd.Function):
 
 
 def _call(motion: Any, waves: bool, data: list[Tensor], back: bool) -> None:
-    batch, time, *shape = data[0].shape
-    count = math.prod(shape)
+    batch, time = data[0].shape[:2]
+    count = math.prod(data[1].shape[1:])
     run = _function(motion, data[0].dtype, count, waves)
     pointers = _native.pointers([*data, *data[:1] * (14 - len(data))])
     sizes = torch.tensor([time, motion.h, motion.decay, back], dtype=torch.float64)

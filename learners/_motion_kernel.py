@@ -431,6 +431,36 @@ INLINE void couple_back(const T *const *c, V *const *g, const V *q, const V *u, 
 
 # data: f, q0, p0, q, p | slopes of q, p, then of f, q0, p0; sizes: batch, time, units, h, a.
 _RUN = r"""
+// before a kick: f is one token's force, its gates follow
+INLINE void contract(const T *f, V *q, V *p, T a, long wide, long valid) {
+  V gate[N];
+  for (int i = 0; i < N; ++i) p[i] *= a;
+#if GATES
+  read(gate, f + wide, (1 + GATES) * wide, valid);
+  for (int i = 0; i < N; ++i) p[i] *= gate[i];
+#endif
+#if GATES == 2
+  read(gate, f + 2 * wide, (1 + GATES) * wide, valid);
+  for (int i = 0; i < N; ++i) q[i] *= gate[i];
+#endif
+}
+INLINE void contract_back(const T *f, T *gf, const V *q, const V *p, V *gq, V *gp, T a, long wide,
+                          long valid) {
+  V gate[N], slope[N];
+  for (int i = 0; i < N; ++i) gp[i] *= a;
+#if GATES
+  for (int i = 0; i < N; ++i) slope[i] = gp[i] * p[i];
+  write(gf + wide, slope, (1 + GATES) * wide, valid);
+  read(gate, f + wide, (1 + GATES) * wide, valid);
+  for (int i = 0; i < N; ++i) gp[i] *= gate[i];
+#endif
+#if GATES == 2
+  for (int i = 0; i < N; ++i) slope[i] = gq[i] * q[i];
+  write(gf + 2 * wide, slope, (1 + GATES) * wide, valid);
+  read(gate, f + 2 * wide, (1 + GATES) * wide, valid);
+  for (int i = 0; i < N; ++i) gq[i] *= gate[i];
+#endif
+}
 INLINE void kick(const T *const *c, const V *q, const V *p0, V *f, long first) {
 #if RANK
   couple(c + COUPLING, q, f);
@@ -445,7 +475,8 @@ static void forward(T *const *d, const T *const *c, const double *sizes, long un
   const long b = unit / units * L, first = unit % units * HEADS;
   const long valid = batch - b < L ? batch - b : L;
   const long wide = units * N, next = batch * wide, start = b * wide + first * E;
-  const T *f = d[0] + start;
+  const long row = (1 + GATES) * wide;
+  const T *f = d[0] + b * row + first * E;
   T *out_q = d[3] + start, *out_p = d[4] + start;
   V q[N], p[N], push[N];
   V keep[HEADS * KEEP];
@@ -453,9 +484,13 @@ static void forward(T *const *d, const T *const *c, const double *sizes, long un
   read(p, d[2] + start, wide, valid);
   for (int k = 0; k < HEADS; ++k) ready(c + DRIFTING, first + k, q + k * E, keep + k * KEEP);
   for (long t = 0; t < time; ++t) {
-    read(push, f + t * next, wide, valid);
+    const T *now = f + t * (1 + GATES) * next;
+    read(push, now, row, valid);
+    contract(now, q, p, a, wide, valid);
+    for (int k = 0; k < HEADS && GATES == 2; ++k)
+      ready(c + DRIFTING, first + k, q + k * E, keep + k * KEEP);
     kick(c, q, p, push, first);
-    for (int i = 0; i < N; ++i) p[i] = a * p[i] + h * push[i];
+    for (int i = 0; i < N; ++i) p[i] += h * push[i];
     for (int k = 0; k < HEADS; ++k)
       drift(c + DRIFTING, first + k, q + k * E, p + k * E, h, keep + k * KEEP);
     for (int i = 0; i < N; ++i) {
@@ -472,7 +507,8 @@ static void backward(T *const *d, const T *const *c, V *const *g, const double *
   const long b = unit / units * L, first = unit % units * HEADS;
   const long valid = batch - b < L ? batch - b : L;
   const long wide = units * N, next = batch * wide, start = b * wide + first * E;
-  V q[N], p[N], push[N], gq[N], gp[N], slope[N];
+  const long row = (1 + GATES) * wide;
+  V q[N], p[N], push[N], gq[N], gp[N], slope[N], old_q[N], old_p[N];
   V keep[HEADS * KEEP];
   if (time) read(q, d[3] + start + (time - 1) * next, wide, valid);
   for (int k = 0; k < HEADS && time; ++k)
@@ -494,22 +530,30 @@ static void backward(T *const *d, const T *const *c, V *const *g, const double *
       read(q, d[1] + start, wide, valid);
       read(p, d[2] + start, wide, valid);
     }
+    const long in = b * row + first * E + t * (1 + GATES) * next;
+    for (int i = 0; i < N; ++i) old_q[i] = q[i], old_p[i] = p[i];
+    contract(d[0] + in, q, p, a, wide, valid);
 #if CURVED
-    read(push, d[0] + now, wide, valid);
+    read(push, d[0] + in, row, valid);
     kick(c, q, p, push, first);
-    for (int i = 0; i < N; ++i) push[i] = a * p[i] + h * push[i];
+    for (int i = 0; i < N; ++i) push[i] = p[i] + h * push[i];
 #endif
     for (int k = 0; k < HEADS; ++k)
       drift_back(c + DRIFTING, g + DRIFTING, first + k, q + k * E, push + k * E, gq + k * E,
                  gp + k * E, h, keep + k * KEEP);
-    for (int i = 0; i < N; ++i) push[i] = h * gp[i], gp[i] *= a;
-    write(d[7] + now, push, wide, valid);
+    for (int i = 0; i < N; ++i) push[i] = h * gp[i];
+    write(d[7] + in, push, row, valid);
 #if FORCED
     for (int k = 0; k < HEADS; ++k)
       force_back(c, g, first + k, q + k * E, p + k * E, push + k * E, gq + k * E, gp + k * E);
 #endif
 #if RANK
     couple_back(c + COUPLING, g + COUPLING, q, push, gq);
+#endif
+    contract_back(d[0] + in, d[7] + in, old_q, old_p, gq, gp, a, wide, valid);
+#if GATES == 2
+    for (int k = 0; k < HEADS && t; ++k)
+      ready(c + DRIFTING, first + k, old_q + k * E, keep + k * KEEP);
 #endif
   }
   write(d[8] + start, gq, wide, valid);
@@ -563,6 +607,7 @@ def _built(
     rank: int,
     free: bool,
     circular: bool,
+    gates: int,
     kind: Any,
 ) -> Callable[..., None]:
     forced, curved = int(kind.forces > 0), int(name in _DRIFTS)
@@ -576,6 +621,7 @@ def _built(
         "RANK": rank,
         "FREE": int(free),
         "CIRCULAR": int(circular),
+        "GATES": gates,
         "FORCED": forced,
         "CURVED": curved,
         "DRIFTING": drifting,
@@ -599,7 +645,7 @@ def _built(
 
 def _function(motion: Any, inputs: Tensor, tensors: State) -> tuple[Callable[..., None], int]:
     _, _, coupling = motion.split(tensors)
-    heads, dim = inputs.shape[2:]
+    heads, dim = inputs.shape[-2:]
     size = 1
     if motion.name == "potential":
         size = tensors[0].shape[1]
@@ -608,8 +654,9 @@ def _function(motion: Any, inputs: Tensor, tensors: State) -> tuple[Callable[...
     rank = coupling[0].shape[0] if coupling else 0
     free = len(coupling) == 3
     run = _built(
-        motion.name, inputs.dtype, heads, dim, size, rank, free, motion.circular, motion.kind
-    )
+        motion.name, inputs.dtype, heads, dim, size, rank, free, motion.circular, motion.gates,
+        motion.kind,
+    )  # fmt: skip
     return run, heads // _gang(heads, rank)
 
 
@@ -694,7 +741,7 @@ class _Kernel(torch.autograd.Function):
         # would all want the same lines of the cache.
         inputs = inputs.transpose(0, 1).contiguous()
         tensors = tuple(x.contiguous() for x in tensors)
-        path_q, path_p = torch.empty_like(inputs), torch.empty_like(inputs)
+        path_q, path_p = (inputs.new_empty(*inputs.shape[:2], *q.shape[1:]) for _ in range(2))
         data = [inputs, q.contiguous(), p.contiguous(), path_q, path_p]
         _call(motion, data, tensors, None)
         ctx.motion = motion

@@ -1,13 +1,18 @@
 r"""The motions of one head: what a token does to a phase point, on each manifold.
 
-One token is a kick and an exactly solved drift of the time ``h``,
+One token is a contraction, a kick and an exactly solved drift of the time ``h``,
 
-.. math:: p' = a\,p + h\,(f + F(q, p) + C(q)), \qquad (q', p'') = \mathrm{drift}_h(q, p'),
+.. math:: (q, p) \to (b\,q, a\,p) = (q_1, p_1), \qquad
+          p' = p_1 + h\,(f + F(q_1, p_1) + C(q_1)), \qquad
+          (q', p'') = \mathrm{drift}_h(q_1, p'),
 
-with the token's force :math:`f`, that of the head :math:`F`, a coupling of all heads :math:`C`, and
-:math:`a = e^{-\mu h}`, the exact flow of the friction :math:`\dot p = -\mu p`. States are
-``q, p (..., heads, dim)``. Each function here has the shape that :class:`Kind` tells; a new
-manifold is a new row of :data:`KINDS`.
+with the token's force :math:`f`, that of the head :math:`F` and a coupling of all heads :math:`C`.
+Without gates :math:`b = 1` and :math:`a = e^{-\mu h}`, the exact flow of the friction
+:math:`\dot p = -\mu p`; gates are factors :math:`a_i, b_i` in (0, 1) that the token chooses. The
+contraction comes first, so that :math:`J^T \Omega J` is :math:`\Omega` with the plane of
+:math:`(q_i, p_i)` times :math:`a_i b_i`, whatever the forces. States are ``q, p (..., heads,
+dim)``. Each function here has the shape that :class:`Kind` tells; a new manifold is a new row of
+:data:`KINDS`.
 """
 
 import math
@@ -30,7 +35,8 @@ class Conserves(NamedTuple):
     r"""What one token's map keeps.
 
     ``symplectic``: :math:`J^T \Omega J = c\,\Omega`; ``volume``: :math:`\det J = c^n` for ``n``
-    momenta; ``factor`` is :math:`c`, which friction makes less than 1.
+    momenta; ``factor`` is :math:`c`, which friction makes less than 1. With gates the plane of each
+    :math:`(q_i, p_i)` has the factor :math:`c\,a_i b_i`.
     """
 
     symplectic: bool
@@ -290,6 +296,7 @@ class Motion:
     decay: float = 1.0
     coupled: bool = False
     grid: int | None = None
+    gates: int = 0  # 1: of momenta; 2: of positions too
 
     @property
     def kind(self) -> Kind:
@@ -302,30 +309,39 @@ class Motion:
         n = kind.forces
         return tensors[:n], tensors[n : n + count], tensors[n + count :]
 
+    def parts(self, inputs: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Return the force and the factors of momenta and of positions.
+
+        Inputs are forces ``(..., heads, dim)``; with gates ``(..., 1 + gates, heads, dim)``.
+        """
+        if not self.gates:
+            return inputs, self.decay, 1.0
+        f, a, *b = inputs.unbind(-3)
+        return f, self.decay * a, b[0] if b else 1.0
+
     def __call__(self, tensors: State, f: Tensor, state: State) -> State:
-        q, p = state
+        f, a, b = self.parts(f)
+        q, p = b * state[0], a * state[1]
         of_force, of_drift, of_coupling = self.split(tensors)
         kind = self.kind
         if kind.force is not None:
             f = f + kind.force(of_force, q, p)
         if self.coupled:
             f = f + couple(of_coupling, q, kind.period)
-        return kind.drift(of_drift, q, self.decay * p + self.h * f, self.h)
+        return kind.drift(of_drift, q, p + self.h * f, self.h)
 
     def inverse(self, tensors: State, f: Tensor, state: State) -> State:
         """Undo one token; not defined for the literal rule."""
+        f, a, b = self.parts(f)
         of_force, of_drift, of_coupling = self.split(tensors)
         kind = self.kind
         q, p = kind.drift(of_drift, *state, -self.h)  # type: ignore[misc]
         if self.coupled:
             f = f + couple(of_coupling, q, kind.period)
-        if kind.force is not None and not kind.velocity:
-            f = f + kind.force(of_force, q, p)
-        p = (p - self.h * f) / self.decay
-        if kind.force is not None and kind.velocity:
-            # the force depends on U^T p, which it does not change
-            p = p - self.h / self.decay * kind.force(of_force, q, p)
-        return q, p
+        p = p - self.h * f
+        if kind.force is not None:  # a force of p does not change what it depends on
+            p = p - self.h * kind.force(of_force, q, p)
+        return q / b, p / a
 
     def wrap(self, state: State) -> State:
         """Bring angles, and momenta that are angles too, back to one period."""
@@ -343,26 +359,27 @@ class Motion:
     @property
     def circular(self) -> bool:
         """Say whether momenta live on the circle: on the flat torus, where a step is a turn."""
-        return self.name == "torus" and self.decay == 1 and not self.coupled
+        return self.name == "torus" and self.decay == 1 and not (self.coupled or self.gates)
 
     def scan(self, tensors: State, inputs: Tensor, state: State) -> State:
         """Return all states in parallel: sums on the torus, affine maps of oscillators."""
         q, p = state
+        f, a, b = self.parts(inputs)
+        one = f.new_ones(1, 1, *f.shape[2:])
+        a, b = torch.broadcast_tensors(a * one, b * one)
         if self.name == "oscillator":
             (rate,) = tensors
-            h, a = self.h, self.decay
-            rows = [[1 - h * h * rate, torch.full_like(rate, h * a)], [-h * rate, a]]
-            m = torch.stack([torch.stack([x + 0 * rate for x in row], -1) for row in rows], -2)
-            kick = torch.stack([h * h * inputs, h * inputs], -1)
-            path = affine_scan(m[None, None], kick, torch.stack([q, p], -1))
+            h = self.h
+            rows = [[b * (1 - h * h * rate), h * a], [-h * rate * b, a]]
+            m = torch.stack([torch.stack(row, -1) for row in rows], -2)
+            path = affine_scan(m, torch.stack([h * h * f, h * f], -1), torch.stack([q, p], -1))
             return path[..., 0], path[..., 1]
         # Sums in float64: a float32 sum over many turns would forget the angle.
         if self.circular:
-            p_path = p.unsqueeze(1) + inputs.cumsum(1, dtype=torch.float64)
+            p_path = p.unsqueeze(1) + f.cumsum(1, dtype=torch.float64)
             p_path = p_path - p_path.detach().floor()
         else:
-            decay = torch.full((1, 1, 1, 1, 1, 1), self.decay, dtype=p.dtype, device=p.device)
-            p_path = affine_scan(decay, (self.h * inputs)[..., None], p[..., None])[..., 0]
+            p_path = affine_scan(a[..., None, None], (self.h * f)[..., None], p[..., None])[..., 0]
         q_path = q.unsqueeze(1) + self.h * p_path.cumsum(1, dtype=torch.float64)
         q_path = q_path - q_path.detach().floor()
         return self.wrap((q_path.to(q.dtype), p_path.to(p.dtype)))

@@ -32,6 +32,7 @@ from darboux.learners.recurrence import ENGINES, Cell, State, choose, run
 
 MANIFOLDS = (*KINDS, "rotation")
 COUPLINGS = (None, "gradient", "free")
+GATES = (None, "momenta", "phase")
 
 _PIECE = 16384  # tokens whose features the caches hold
 
@@ -64,11 +65,14 @@ class SymplecticAttention(nn.Module):
     ``coupling`` adds a force on all heads that depends on the positions of all: ``"gradient"`` is
     that of a potential, ``"free"`` the text's projection, which keeps volumes only. ``friction`` is
     :math:`\mu`: momenta shrink by exactly :math:`e^{-\mu h}` a token, ``h`` being ``step``, and the
-    map is conformally symplectic. A head has ``dim`` coordinates: ``width / heads``, half of that
-    where they are angles, four numbers for a rotation. ``size`` is the rank of potentials and of
-    the coupling and the width of the networks. ``engine`` is one of those in
-    :mod:`darboux.learners.recurrence`. On the flat torus ``grid`` snaps forces to multiples of
-    ``1/grid`` turn while ``snapped`` is true: sums on that grid are exact at any length.
+    map is conformally symplectic. With ``gate`` the tokens choose what is kept of each coordinate's
+    momentum (``"momenta"``), or of its position and its momentum (``"phase"``, not for angles):
+    :math:`J^T\Omega J` is then :math:`\Omega` with each plane times its gates. A head has ``dim``
+    coordinates: ``width / heads``, half of that where they are angles, four numbers for a rotation.
+    ``size`` is the rank of potentials and of the coupling and the width of the networks. ``engine``
+    is one of those in :mod:`darboux.learners.recurrence`. On the flat torus ``grid`` snaps forces
+    to multiples of ``1/grid`` turn while ``snapped`` is true: sums on that grid are exact at any
+    length.
 
     The state is a :class:`Phase`. Raises ``ValueError`` for what does not fit together.
     """
@@ -82,6 +86,7 @@ class SymplecticAttention(nn.Module):
         manifold: str = "potential",
         coupling: str | None = None,
         friction: float = 0.0,
+        gate: str | None = None,
         step: float | None = None,
         size: int | None = None,
         grid: int | None = None,
@@ -93,6 +98,7 @@ class SymplecticAttention(nn.Module):
         for name, value, known in (
             ("manifold", manifold, MANIFOLDS),
             ("coupling", coupling, COUPLINGS),
+            ("gate", gate, GATES),
             ("engine", engine, ENGINES),
         ):
             if value not in known:
@@ -108,8 +114,15 @@ class SymplecticAttention(nn.Module):
             )
         # an angle is read by its cosine and its sine
         dim = 4 if turning else width // (angles * heads) if dim is None else dim
-        if turning and (coupling or friction or dim != 4):
-            raise ValueError(f"{where}: rotations have no coupling, no friction, and a dim of 4")
+        if turning and (coupling or friction or gate or dim != 4):
+            raise ValueError(
+                f"{where}: rotations have no coupling, no friction, no gate, and a dim of 4"
+            )
+        if gate == "phase" and angles == 2:
+            raise ValueError(
+                f"{where}: gate is 'phase', expected 'momenta' where positions are "
+                f"angles, as on {manifold!r}"
+            )
         if not turning and (dim < 1 or (KINDS[manifold].even and dim % 2)):
             raise ValueError(f"{where}: dim is {dim}, expected a positive, even number")
         flat = manifold == "torus"
@@ -121,20 +134,22 @@ class SymplecticAttention(nn.Module):
             )
         if not 0 <= friction < math.inf:
             raise ValueError(f"{where}: friction is {friction}, expected at least 0")
-        if grid is not None and (not flat or friction or coupling or grid < 1):
+        if grid is not None and (not flat or friction or coupling or gate or grid < 1):
             raise ValueError(
                 f"{where}: grid is {grid}, expected None, or a positive number on the torus "
-                "without friction or coupling"
+                "without friction, coupling or gate"
             )
         self.width, self.heads, self.dim, self.manifold = width, heads, dim, manifold
         self.coupling, self.engine, self.grid, self.snapped = coupling, engine, grid, False
-        self.friction, self.step = float(friction), float(step)
-        self.drive = nn.Linear(width, heads * dim, bias=False)
-        with torch.no_grad():
-            bound = 1 / math.sqrt(width)
-            self.drive.weight.uniform_(-bound, bound, generator=generator)
+        self.friction, self.step, self.gate = float(friction), float(step), gate
+        n, bound = heads * dim, 1 / math.sqrt(width)
+        self.drive = nn.Linear(width, n, bias=False)
+        nn.init.uniform_(self.drive.weight, -bound, bound, generator=generator)
+        if gate is not None:
+            self.keep = nn.Linear(width, GATES.index(gate) * n)
+            nn.init.uniform_(self.keep.weight, -bound, bound, generator=generator)
+            nn.init.zeros_(self.keep.bias)
         self.geometry = nn.ParameterDict()
-        n = heads * dim
         if not turning:
             kind = KINDS[manifold]
             size = min(16, max(1, dim // 2) if kind.velocity else 16) if size is None else size
@@ -162,7 +177,8 @@ class SymplecticAttention(nn.Module):
         """Return the map of one token, on phase points and tensors."""
         decay = math.exp(-self.friction * self.step)
         grid = self.grid if self.snapped else None
-        return Motion(self.manifold, self.step, decay, self.coupling is not None, grid)
+        coupled, gates = self.coupling is not None, GATES.index(self.gate)
+        return Motion(self.manifold, self.step, decay, coupled, grid, gates)
 
     def cell(self) -> Cell:
         """Return the cell that the engines move, with the parameters of now."""
@@ -176,7 +192,8 @@ class SymplecticAttention(nn.Module):
         return Cell(
             step=motion,
             parameters=(*tensors, *coupling),
-            inverse=motion.inverse if motion.kind.volume else None,
+            # gates may forget at once all that an inverse would have to find again
+            inverse=motion.inverse if motion.kind.volume and not motion.gates else None,
             wrap=motion.wrap if motion.kind.period is not None else None,
             scan=motion.scan if linear else None,
             kernel=kernel_of(motion),
@@ -198,13 +215,20 @@ class SymplecticAttention(nn.Module):
         return Phase(q, torch.zeros_like(q))
 
     def forces(self, x: Tensor) -> Tensor:
-        """Return what tokens ``(batch, time, width)`` push with ``(batch, time, heads, dim)``."""
-        if self._alone():
-            f = self.drive(x)
-        else:  # times outside, as the kernel of the others wants them
-            f = self.drive(x.transpose(0, 1).contiguous()).transpose(0, 1)
-        f = f.to(self.drive.weight.dtype)
-        f = f.unflatten(-1, (self.heads, self.dim))
+        """Return the inputs of the motion, from tokens ``(batch, time, width)``.
+
+        Forces ``(batch, time, heads, dim)``, or turns; with gates ``(batch, time, parts, heads,
+        dim)``, the forces and what is kept of momenta and positions.
+        """
+        # times outside, as the kernel of coupled coordinates wants them
+        outside = not self._alone()
+        x = x.transpose(0, 1).contiguous() if outside else x
+        f = self.drive(x)
+        if self.gate is not None:
+            f = torch.cat([f, self.keep(x).sigmoid()], -1)
+        f = (f.transpose(0, 1) if outside else f).to(self.drive.weight.dtype)
+        parts = (1 + GATES.index(self.gate),) if self.gate else ()
+        f = f.unflatten(-1, (*parts, self.heads, self.dim))
         if self.manifold == "rotation":
             one = torch.zeros_like(f)
             one[..., 0] = 1
@@ -303,7 +327,8 @@ class SymplecticAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.width}, {self.heads}, dim={self.dim}, manifold={self.manifold!r}, "
-            f"coupling={self.coupling!r}, friction={self.friction:g}, step={self.step:g}"
+            f"coupling={self.coupling!r}, friction={self.friction:g}, gate={self.gate!r}, "
+            f"step={self.step:g}"
         )
 
 
@@ -323,7 +348,8 @@ class Audit(NamedTuple):
 
     ``symplectic`` is :math:`\max|J^T\Omega J - c\,\Omega|` (NaN where there are no momenta),
     ``volume`` :math:`|\det J/c^n - 1|`, ``factor`` the measured :math:`c`, ``det`` that of the
-    state where it is farthest off, and ``declared`` what the layer says of itself.
+    state where it is farthest off, and ``declared`` what the layer says of itself. With gates
+    :math:`\Omega` has the product of its gates in each plane, and :math:`c^n` that of them all.
     """
 
     symplectic: float
@@ -355,11 +381,12 @@ def audit(
     h, d = layer.heads, layer.dim
     with torch.no_grad():
         if x is None:
-            shape = (states, 2, h, d)
-            f, q = (
-                torch.randn(shape, generator=generator, device=weight.device).to(weight).unbind(1)
-            )
-            p = torch.randn(q.shape, generator=generator, device=weight.device).to(weight)
+            gates = GATES.index(layer.gate)
+            shape = (states, 3 + gates, h, d)
+            x = torch.randn(shape, generator=generator, device=weight.device).to(weight)
+            f, q, p = x[:, 0], x[:, 1], x[:, 2]
+            if gates:
+                f = torch.cat([x[:, :1], x[:, 3:].sigmoid()], 1)
             if layer.manifold == "rotation":
                 f, q, p = unit(f), unit(q), q[..., :0]
         else:
@@ -374,20 +401,23 @@ def audit(
         z = torch.cat([q.flatten(1), p.flatten(1)], -1)
         j = torch.func.vmap(torch.func.jacfwd(step))(z, f).double()
     declared = layer.conserves()
+    # of each plane
+    kept = f[:, 1:].double().prod(1).flatten(1) if layer.gate else j.new_ones(len(j), n)
     if p.shape[-1] == 0:
         defect = factor = float("nan")
     else:
-        omega = torch.zeros(2 * n, 2 * n, dtype=j.dtype, device=j.device)
-        omega[:n, n:] = torch.eye(n, dtype=j.dtype)
-        omega = omega - omega.mT
-        carried = j.mT @ omega @ j
-        factors = (carried * omega).sum((-2, -1)) / (2 * n)
+        upper = j.new_zeros(len(j), 2 * n, 2 * n)
+        upper[:, :n, n:] = kept.diag_embed()
+        wanted, one = upper - upper.mT, upper.sign() - upper.sign().mT
+        carried = j.mT @ one @ j
+        factors = (carried * wanted).sum((-2, -1)) / wanted.square().sum((-2, -1))
         factor = float(factors[(factors - declared.factor).abs().argmax()])
-        defect = float((carried - declared.factor * omega).abs().max())
+        defect = float((carried - declared.factor * wanted).abs().max())
     values = torch.linalg.eigvals(j)
     size = values.abs().log().sum(-1)
     sign = (values / values.abs()).prod(-1).real
     det = sign * size.exp()
-    ratio = sign * (size - (n * math.log(declared.factor) if p.shape[-1] else 0)).exp()
+    expected = kept.log().sum(-1) + n * math.log(declared.factor) if p.shape[-1] else 0
+    ratio = sign * (size - expected).exp()
     worst = (ratio - 1).abs().argmax()
     return Audit(defect, float((ratio - 1).abs()[worst]), factor, float(det[worst]), declared)

@@ -52,14 +52,27 @@ def close_on_circle(a, b, period, tolerance):
 # ---------------------------------------------------------------- what is conserved
 
 
+GATED = [(m, "momenta") for m in KINDS] + [(m, "phase") for m, k in KINDS.items() if not k.period]
+
+
 @pytest.mark.parametrize("friction", [0.0, 0.4])
 @pytest.mark.parametrize("coupling", [None, "gradient", "free"])
-@pytest.mark.parametrize("manifold", list(KINDS))
-def test_audit_finds_what_is_declared(manifold, coupling, friction):
-    layer = layer_of(manifold, coupling=coupling, friction=friction)
+@pytest.mark.parametrize(("manifold", "gate"), [(m, None) for m in KINDS] + GATED)
+def test_audit_finds_what_is_declared(manifold, gate, coupling, friction):
+    layer = layer_of(manifold, coupling=coupling, friction=friction, gate=gate)
     found = audit(layer, states=2, generator=torch.Generator().manual_seed(1))
     assert found.declared.factor == pytest.approx(math.exp(-friction * layer.step))
     assert found.holds(1e-10)
+    x = rand(2, 5, 6)
+    assert audit(layer, x).holds(1e-10)
+    if gate is not None:  # the factor is what the gates leave
+        kept = layer.forces(x)[:, -1, 1:].detach()
+        assert bool(((kept > 0) & (kept < 1)).all())
+        wanted = kept.prod(1).flatten(1).prod(1) * found.declared.factor**8
+        assert bool((wanted < 0.1).all())
+        if manifold != "low_rank_literal":
+            det = audit(layer, x).det
+            assert float((wanted / det - 1).abs().min()) < 1e-10
     if found.declared.symplectic:
         assert found.factor == pytest.approx(found.declared.factor, abs=1e-12)
     else:
@@ -106,12 +119,14 @@ def test_determinant_of_the_literal_rule():
 @pytest.mark.parametrize("coupling", [None, "gradient", "free"])
 @pytest.mark.parametrize("manifold", [m for m in KINDS if KINDS[m].volume])
 def test_inverse_undoes_a_token(manifold, coupling):
-    cell = layer_of(manifold, coupling=coupling, friction=0.3).cell()
-    f, q, p = rand(3, 2, 2, 4).unbind(0)
-    assert cell.inverse is not None
-    back = cell.inverse(cell.parameters, f, cell.step(cell.parameters, f, (q, p)))
-    torch.testing.assert_close(back[0], q, rtol=0, atol=1e-12)
-    torch.testing.assert_close(back[1], p, rtol=0, atol=1e-12)
+    for gate in (None, *(g for m, g in GATED if m == manifold)):
+        layer = layer_of(manifold, coupling=coupling, friction=0.3, gate=gate)
+        cell, motion = layer.cell(), layer.motion()
+        f, (q, p) = layer.forces(rand(2, 1, 6))[:, 0], rand(2, 2, 2, 4).unbind(0)
+        assert (cell.inverse is None) == (gate is not None)
+        back = motion.inverse(cell.parameters, f, cell.step(cell.parameters, f, (q, p)))
+        torch.testing.assert_close(back[0], q, rtol=0, atol=1e-12)
+        torch.testing.assert_close(back[1], p, rtol=0, atol=1e-12)
 
 
 def test_low_rank_coefficients_are_orthogonal():
@@ -254,13 +269,33 @@ def test_friction_contracts_momenta_exactly():
         close_on_circle(path[0][0], summed, 1.0, 1e-12)
 
 
+def test_gates_are_a_linear_recurrence_that_tokens_choose():
+    # a free particle: p' = a p + h f, q' = b q + h p', written out
+    layer = layer_of("oscillator", gate="phase", step=0.5)
+    with torch.no_grad():
+        layer.geometry["rate"].fill_(-800.0)  # no spring
+    x, state = rand(2, 9, 6), [rand(2, 2, 4, seed=s) for s in (1, 2)]
+    f = (x @ layer.drive.weight.mT).unflatten(-1, (2, 4))
+    a, b = torch.sigmoid(layer.keep(x)).unflatten(-1, (2, 2, 4)).unbind(2)
+    for engine in ("sequential", "scan", "kernel"):
+        layer.engine = engine
+        path, _ = layer.orbit(x, Phase(*state))
+        q, p = state
+        for t in range(9):
+            p = a[:, t] * p + 0.5 * f[:, t]
+            q = b[:, t] * q + 0.5 * p
+            torch.testing.assert_close(path.q[:, t], q, rtol=0, atol=1e-12)
+            torch.testing.assert_close(path.p[:, t], p, rtol=0, atol=1e-12)
+
+
 # ---------------------------------------------------------------- the layer
 
 
 @pytest.mark.parametrize("manifold", MANIFOLDS)
 def test_whole_chunks_and_tokens_agree(manifold):
     coupling = None if manifold == "rotation" else "gradient"
-    for layer in {layer_of(manifold), layer_of(manifold, coupling=coupling)}:
+    gate = None if manifold == "rotation" else "momenta"
+    for layer in {layer_of(manifold), layer_of(manifold, coupling=coupling, gate=gate)}:
         x = rand(2, 12, 6)
         with torch.no_grad():
             whole, end = layer(x)
@@ -282,9 +317,9 @@ def test_state_does_not_hold_the_path():
             assert part.untyped_storage().nbytes() == part.numel() * 8
 
 
-@pytest.mark.parametrize("manifold", MANIFOLDS)
-def test_later_tokens_do_not_change_earlier_outputs(manifold):
-    layer = layer_of(manifold)
+@pytest.mark.parametrize(("manifold", "gate"), [(m, None) for m in MANIFOLDS] + GATED)
+def test_later_tokens_do_not_change_earlier_outputs(manifold, gate):
+    layer = layer_of(manifold, gate=gate)
     x = rand(2, 9, 6)
     other = x.clone()
     other[:, 5:] = rand(2, 4, 6, seed=5)
@@ -295,9 +330,9 @@ def test_later_tokens_do_not_change_earlier_outputs(manifold):
         assert not torch.equal(a[:, 5:], b[:, 5:])
 
 
-@pytest.mark.parametrize("manifold", MANIFOLDS)
-def test_engines_agree_on_the_layer(manifold):
-    layer = layer_of(manifold)
+@pytest.mark.parametrize(("manifold", "gate"), [(m, None) for m in MANIFOLDS] + GATED)
+def test_engines_agree_on_the_layer(manifold, gate):
+    layer = layer_of(manifold, gate=gate)
     x = rand(2, 9, 6).requires_grad_()
     found = {}
     cell = layer.cell()
@@ -342,6 +377,11 @@ def test_engines_agree_on_a_coupled_torus_that_is_not_chaotic(coupling):
         ("torus", {"dim": 5}),
         ("oscillator", {}),
         ("pendulum", {"friction": 0.2}),
+        ("metric", {"gate": "phase", "coupling": "gradient", "friction": 0.2}),
+        ("low_rank", {"gate": "momenta"}),
+        ("oscillator", {"gate": "phase", "friction": 0.2}),
+        ("pendulum", {"gate": "momenta"}),
+        ("torus", {"gate": "momenta"}),
     ],
 )
 def test_kernel_is_the_loop(manifold, more):
@@ -476,6 +516,13 @@ def test_bad_input_is_refused():
         ({"friction": -1.0}, "friction is -1.0, expected at least 0"),
         ({"grid": 60}, "grid is 60, expected None"),
         ({"manifold": "rotation", "friction": 0.1}, "rotations have no coupling, no friction"),
+        ({"gate": "positions"}, "gate is 'positions', expected one of None, momenta, phase"),
+        (
+            {"gate": "phase", "manifold": "pendulum"},
+            "expected 'momenta' where positions are angles",
+        ),
+        ({"gate": "momenta", "manifold": "torus", "grid": 60}, "grid is 60, expected None"),
+        ({"manifold": "rotation", "gate": "momenta"}, "rotations have no coupling, no friction"),
         ({"manifold": "low_rank", "size": 9}, "rank is 9, expected less than dim"),
     ):
         more: dict[str, Any] = arguments
