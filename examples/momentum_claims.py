@@ -299,7 +299,7 @@ def stress(quick: bool, seeds: int) -> list[Row]:
     """Train every stack on words and on chains; print losses of words, accuracies of chains."""
     steps, longer = (5, 5) if quick else (300, 700)
     hops, words = ((1, 2), (10, 30)) if quick else (range(1, EDGES + 1), WORDS)
-    names = ["plain", "keys, gamma -1"] if quick else list(STACKS)
+    names = ["plain", "keys, gamma -1", "keys, learned"] if quick else list(STACKS)
     rows = []
     for name in names:
         layer, layers = STACKS[name]
@@ -491,15 +491,14 @@ def draw(rows: list[Row], laws: list[Law], output: Path) -> list[Path]:
             panels, axes=("gamma on keys", "accuracy"), titles=list(KINDS), dots=True
         )
     if own := [r for r in rows if r.part == "chains"]:
-        names = dict.fromkeys(r.variant for r in own)
-        panels = [
-            {
-                name: curve([r for r in own if (r.variant, r.task) == (name, task)],
-                            lambda r: r.size, value)
-                for name in names
+        panels = []
+        for task, value in (("word", "loss"), ("chain", "accuracy")):
+            those = [r for r in own if r.task == task]
+            groups = {
+                name: [r for r in those if r.variant == name]
+                for name in dict.fromkeys(r.variant for r in those)
             }
-            for task, value in (("word", "loss"), ("chain", "accuracy"))
-        ]  # fmt: skip
+            panels.append({n: curve(rows, lambda r: r.size, value) for n, rows in groups.items()})
         plotters["chains"] = dx.plotting.lines(
             panels, dots=True, titles=("a word twice", "some edges of a chain further on"),
             axes=(("tokens of the word", "loss, nats"), ("edges", "accuracy")),

@@ -2,9 +2,10 @@ r"""The native kernel of motions whose coordinates do not see each other: forwar
 
 Sums, oscillators and pendulums. Each row of the batch is one stream through memory, its coordinates
 side by side in the lanes of a vector, and what is written are the rows that the map out reads:
-cosines and sines, or positions and momenta. Angles are integers, a turn being :math:`2^{32}` (in
-float64 :math:`2^{64}`), whose sums are exact and wrap by themselves; a force that is not finite
-makes all that follows NaN, as it would without them. The reference is
+cosines and sines, or positions and momenta. Without gradients the maps in and out are part of the
+kernel: writing and reading those rows takes longer than the motion. Angles are integers, a turn
+being :math:`2^{32}` (in float64 :math:`2^{64}`), whose sums are exact and wrap by themselves; a
+force that is not finite makes all that follows NaN, as it would without them. The reference is
 :class:`~darboux.learners.heads.Motion`.
 """
 
@@ -105,63 +106,128 @@ INLINE W sine_at(W q) {
   return s;
 }
 
-// d: f and gates, q0, p0, coefficient, rows, last q, last p
-INLINE void forward(T *const *d, long time, T h, T a, long b) {
-  const T *f = d[0] + b * time * IN;
-  T *row = d[4] + b * time * WIDE;
+struct Body {
   Q q[GROUPS];
   P p[GROUPS];
   W bad[GROUPS], old[GROUPS], k[GROUPS];
+};
+INLINE void begin(Body &s, const T *q, const T *p, const T *k) {
   EACH {
-    W x = get(d[1] + b * N, g), y = get(d[2] + b * N, g);
-    q[g] = place(x), p[g] = moment(y), bad[g] = (x + y) * T(0);
-    k[g] = old[g] = W{};
+    W x = get(q, g), y = get(p, g);
+    s.q[g] = place(x), s.p[g] = moment(y), s.bad[g] = (x + y) * T(0);
+    s.k[g] = s.old[g] = W{};
 #if FORCE
-    k[g] = get(d[3], g), old[g] = FORCE == 2 ? sine_at(x) : x;
+    s.k[g] = get(k, g), s.old[g] = FORCE == 2 ? sine_at(x) : x;
 #endif
   }
-  for (long t = 0; t < time; ++t, f += IN, row += WIDE)
+}
+INLINE void finish(const Body &s, T *q, T *p) {
+  EACH {
+    put(q, g, PERIODIC ? number(s.q[g]) + s.bad[g] : number(s.q[g]));
+    put(p, g, CIRCULAR ? number_of(s.p[g]) + s.bad[g] : number_of(s.p[g]));
+  }
+}
+INLINE void move(Body &s, const T *f, long next, T *row, long time, T h, T a) {
+  for (long t = 0; t < time; ++t, f += next, row += WIDE)
     EACH {
       W push = get(f, g);
 #if CIRCULAR
-      bad[g] += push * T(0);
-      p[g] += turned(push);
-      q[g] += p[g];
+      s.bad[g] += push * T(0);
+      s.p[g] += turned(push);
+      s.q[g] += s.p[g];
 #else
-      if (GATES) p[g] *= get(f + N, g);
+      if (GATES) s.p[g] *= get(f + N, g);
       if (GATES == 2) {
         W scale = get(f + 2 * N, g);
-        q[g] = shrunk(q[g], scale), old[g] *= scale;
+        s.q[g] = shrunk(s.q[g], scale), s.old[g] *= scale;
       }
-      if (FORCE) push -= k[g] * old[g];
-      p[g] = a * p[g] + h * push;
-      if (PERIODIC) bad[g] += p[g] * T(0);
-      q[g] += place(h * p[g]);
+      if (FORCE) push -= s.k[g] * s.old[g];
+      s.p[g] = a * s.p[g] + h * push;
+      if (PERIODIC) s.bad[g] += s.p[g] * T(0);
+      s.q[g] += place(h * s.p[g]);
 #endif
 #if PERIODIC
-      W c, s;
-      if (WAVES || FORCE == 2) wave(q[g], c, s);
-      if (FORCE == 2) old[g] = s + bad[g];
+      W cosine, sine;
+      if (WAVES || FORCE == 2) wave(s.q[g], cosine, sine);
+      if (FORCE == 2) s.old[g] = sine + s.bad[g];
       if (WAVES) {
-        put(row, g, c + bad[g]), put(row + N, g, s + bad[g]);
+        put(row, g, cosine + s.bad[g]), put(row + N, g, sine + s.bad[g]);
 #if CIRCULAR
-        wave(p[g], c, s);
-        put(row + 2 * N, g, c + bad[g]), put(row + 3 * N, g, s + bad[g]);
+        wave(s.p[g], cosine, sine);
+        put(row + 2 * N, g, cosine + s.bad[g]), put(row + 3 * N, g, sine + s.bad[g]);
 #else
-        put(row + 2 * N, g, p[g]);
+        put(row + 2 * N, g, s.p[g]);
 #endif
         continue;
       }
 #else
-      old[g] = q[g];
+      s.old[g] = s.q[g];
 #endif
-      put(row, g, PERIODIC ? number(q[g]) + bad[g] : number(q[g]));
-      put(row + N, g, CIRCULAR ? number_of(p[g]) + bad[g] : number_of(p[g]));
+      put(row, g, PERIODIC ? number(s.q[g]) + s.bad[g] : number(s.q[g]));
+      put(row + N, g, CIRCULAR ? number_of(s.p[g]) + s.bad[g] : number_of(s.p[g]));
     }
-  EACH {
-    put(d[5] + b * N, g, PERIODIC ? number(q[g]) + bad[g] : number(q[g]));
-    put(d[6] + b * N, g, CIRCULAR ? number_of(p[g]) + bad[g] : number_of(p[g]));
+}
+#if WIDTH
+// A layer without gradients: few enough tokens at a time that their features stay in the cache.
+enum { TOKENS = 24, TILE = 6 };
+#define UNROLL _Pragma("GCC unroll 8")
+#define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
+// y = x m + bias for R rows and G vectors of columns: the sums stay in registers
+template <int R, int G, int IN, int OUT>
+INLINE void tile(const T *x, const T *m, const T *bias, T *y, long next, int column) {
+  W sum[R][G], w[G];
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int g = 0; g < G; ++g)
+      __builtin_memcpy(&sum[r][g], bias + column + g * LANES, sizeof(W));
+  for (int i = 0; i < IN; ++i) {
+    UNROLL for (int g = 0; g < G; ++g)
+      __builtin_memcpy(&w[g], m + i * PADDED(OUT) + column + g * LANES, sizeof(W));
+    UNROLL for (int r = 0; r < R; ++r)
+      UNROLL for (int g = 0; g < G; ++g) sum[r][g] += x[r * IN + i] * w[g];
   }
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int g = 0; g < G; ++g) {
+      int from = column + g * LANES, left = next - from < LANES ? next - from : LANES;
+      if (OUT % LANES == 0) left = LANES;
+      __builtin_memcpy(y + r * next + from, &sum[r][g], left * sizeof(T));
+    }
+}
+template <int R, int IN, int OUT>
+INLINE void columns(const T *x, const T *m, const T *bias, T *y, long next) {
+  enum { MANY = 4, REST = PADDED(OUT) / LANES % MANY };
+  int c = 0;
+  for (; c + MANY * LANES <= PADDED(OUT); c += MANY * LANES)
+    tile<R, MANY, IN, OUT>(x, m, bias, y, next, c);
+  if (REST) tile<R, REST ? REST : 1, IN, OUT>(x, m, bias, y, next, c);
+}
+template <int IN, int OUT>
+INLINE void product(const T *x, const T *m, const T *bias, T *y, long next, long rows) {
+  long r = 0;
+  for (; r + TILE <= rows; r += TILE)
+    columns<TILE, IN, OUT>(x + r * IN, m, bias, y + r * next, next);
+  for (; r < rows; ++r) columns<1, IN, OUT>(x + r * IN, m, bias, y + r * next, next);
+}
+// d: x, q0, p0, coefficient, y, last q, last p; maps in and out, their rows and the bias padded
+static void layer(T *const *d, long time, T h, T a, long b) {
+  static const T nothing[PADDED(N)] = {};
+  static thread_local T f[TOKENS * PADDED(N)], rows[TOKENS * WIDE];
+  Body s;
+  begin(s, d[1] + b * N, d[2] + b * N, d[3]);
+  for (long t = 0; t < time; t += TOKENS) {
+    const long count = time - t < TOKENS ? time - t : TOKENS;
+    product<WIDTH, N>(d[0] + (b * time + t) * WIDTH, d[7], nothing, f, PADDED(N), count);
+    move(s, f, PADDED(N), rows, count, h, a);
+    product<WIDE, WIDTH>(rows, d[8], d[9], d[4] + (b * time + t) * WIDTH, WIDTH, count);
+  }
+  finish(s, d[5] + b * N, d[6] + b * N);
+}
+#endif
+// d: f and gates, q0, p0, coefficient, rows, last q, last p
+static void forward(T *const *d, long time, T h, T a, long b) {
+  Body s;
+  begin(s, d[1] + b * N, d[2] + b * N, d[3]);
+  move(s, d[0] + b * time * IN, IN, d[4] + b * time * WIDE, time, h, a);
+  finish(s, d[5] + b * N, d[6] + b * N);
 }
 // then slopes: of rows, last q, last p; f, q0, p0, coefficient (a row of the batch each)
 INLINE void backward(T *const *d, long time, T h, T a, long b) {
@@ -220,8 +286,12 @@ INLINE void backward(T *const *d, long time, T h, T a, long b) {
 extern "C" void run(void *const *all, const double *sizes, long first, long last) {
   T *const *d = (T *const *)all;
   for (long b = first; b < last; ++b)
+#if WIDTH
+    layer(d, sizes[0], sizes[1], sizes[2], b);
+#else
     if (sizes[3]) backward(d, sizes[0], sizes[1], sizes[2], b);
     else forward(d, sizes[0], sizes[1], sizes[2], b);
+#endif
 }
 """
 
@@ -250,6 +320,24 @@ def features(
     return rows, (q, p)
 
 
+def layer(
+    motion: Any, tensors: State, x: Tensor, state: State, drive: Tensor, out: Tensor, bias: Tensor
+) -> tuple[Tensor, State]:
+    """Return a whole layer of ``x (batch, time, width)``, without gradients, and the last state.
+
+    ``out`` of the features of what ``drive`` makes of ``x``, which are never written to memory.
+    The motion has no gates.
+    """
+    lanes = 64 // x.element_size()
+    in_, out_, bias = (
+        torch.nn.functional.pad(m, (0, -m.shape[-1] % lanes)) for m in (drive.mT, out.mT, bias)
+    )
+    y, last = torch.empty_like(x), [torch.empty_like(z) for z in state]
+    data = [x, *state, tensors[0] if tensors else x, y, *last, in_, out_, bias]
+    _call(motion, True, data, False, x.shape[-1])
+    return y, tuple(last)
+
+
 def path(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:
     """Return what :class:`~darboux.learners.recurrence.Cell` takes from its kernel."""
     rows, _ = features(motion, tensors, inputs, state, waves=False)
@@ -258,7 +346,9 @@ def path(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:
 
 
 @functools.lru_cache(64)
-def _function(motion: Any, dtype: torch.dtype, count: int, waves: bool) -> Callable[..., None]:
+def _function(
+    motion: Any, dtype: torch.dtype, count: int, waves: bool, width: int
+) -> Callable[..., None]:
     period = motion.kind.period
     double = dtype == torch.float64
     names = {
@@ -268,6 +358,7 @@ def _function(motion: Any, dtype: torch.dtype, count: int, waves: bool) -> Calla
         "CIRCULAR": int(motion.circular),
         "FORCE": _FORCES[motion.name],
         "GATES": motion.gates,
+        "WIDTH": width,
         "PERIOD": repr(period or 1.0),
         "WHOLE": repr(2.0**52 if double else 2.0**23),
     }
@@ -310,10 +401,11 @@ class _Coordinates(torch.autograd.Function):
         return None, None, *out, *([of_coefficient.sum(0)] if ctx.forced else [])
 
 
-def _call(motion: Any, waves: bool, data: list[Tensor], back: bool) -> None:
+def _call(motion: Any, waves: bool, data: list[Tensor], back: bool, width: int = 0) -> None:
     batch, time = data[0].shape[:2]
     count = math.prod(data[1].shape[1:])
-    run = _function(motion, data[0].dtype, count, waves)
+    run = _function(motion, data[0].dtype, count, waves, width)
+    data = [x.contiguous() for x in data]
     pointers = _native.pointers([*data, *data[:1] * (14 - len(data))])
     sizes = torch.tensor([time, motion.h, motion.decay, back], dtype=torch.float64)
 

@@ -285,36 +285,27 @@ class SymplecticAttention(nn.Module):
             self.engine == "auto" and choose(cell, x.to(self.drive.weight.dtype)) == "kernel"
         )
         # shorter pieces would not be the kernel's
+        plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
+        if kernel and plain and self._alone() and self.gate is None:
+            maps = self.drive.weight, self.out.weight, self.out.bias
+            y, at = _coordinate_kernel.layer(self.motion(), cell.parameters, x, at, *maps)
+            return y, Phase(*at)
+        # shorter pieces would not be the kernel's
         count = min(x.shape[0] * x.shape[1] // _PIECE, x.shape[1] // 128)
-        mixed = torch.is_autocast_enabled(x.device.type)
-        if kernel and count > 1 and not (torch.is_grad_enabled() or mixed):
-            y, at = self._in_pieces(cell, x, at, count)
-        else:
+        if not (kernel and plain and count > 1):
             y, at = self._one(cell, x, at, kernel)
-        return y, Phase(*at)
-
-    def _in_pieces(self, cell: Cell, x: Tensor, at: State, count: int) -> tuple[Tensor, State]:
-        y = x.new_empty(x.shape)
-        if self._alone() and x.shape[1] <= _PIECE:  # whole sequences, which are not copied
-            rows = _PIECE // x.shape[1]
-            split = zip(*(z.split(rows) for z in (x, y, *at)), strict=True)
-            ends = [self._one(cell, a, (q, p), True, b)[1] for a, b, q, p in split]
-            return y, tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
-        begin = 0
+            return y, Phase(*at)
+        y, begin = x.new_empty(x.shape), 0
         for piece in x.tensor_split(count, 1):
             y[:, begin : begin + piece.shape[1]], at = self._one(cell, piece, at, True)
             begin += piece.shape[1]
-        return y, at
+        return y, Phase(*at)
 
-    def _one(
-        self, cell: Cell, x: Tensor, at: State, kernel: bool, out: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def _one(self, cell: Cell, x: Tensor, at: State, kernel: bool) -> tuple[Tensor, State]:
         f = self.forces(x)
         if kernel and self._alone():
             features, last = _coordinate_kernel.features(self.motion(), cell.parameters, f, at)
-            out = None if out is None else out.flatten(0, 1)
-            y = torch.mm(features.flatten(0, 1), self.out.weight.mT, out=out).add_(self.out.bias)
-            return y.unflatten(0, f.shape[:2]), last
+            return self.out(features), last
         path, last = run(cell, f, at, "kernel" if kernel else self.engine)
         rows = self.read(Phase(*(part.transpose(0, 1) for part in path)))
         # out(cat(rows)) without the copy

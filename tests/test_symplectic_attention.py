@@ -456,15 +456,36 @@ extern "C" void run(void *const *d, long first, long last) {
 
 def test_long_sequences_go_in_pieces(monkeypatch):
     x = rand(2, 300, 6)
-    for manifold in ("torus", "potential"):
-        layer = layer_of(manifold)
+    for manifold, gate in (("potential", None), ("oscillator", "phase")):
+        layer = layer_of(manifold, gate=gate)
         whole, end = layer(x)
-        for piece in (100, 300):  # of each sequence, or one sequence after the other
-            with monkeypatch.context() as patch, torch.no_grad():
-                patch.setattr(symplectic_attention, "_PIECE", piece)
-                y, last = layer(x)
-            torch.testing.assert_close(y, whole.detach(), rtol=0, atol=1e-10)
-            torch.testing.assert_close(last.p, end.p.detach(), rtol=0, atol=1e-10)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(symplectic_attention, "_PIECE", 100)
+            y, last = layer(x)
+        torch.testing.assert_close(y, whole.detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(last.p, end.p.detach(), rtol=0, atol=1e-10)
+
+
+# Rows of features and of tokens that fill vectors and blocks, and such that do not.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("manifold", "width", "dim", "time"), [("torus", 6, 4, 101), ("oscillator", 96, 8, 71)]
+)
+def test_layer_without_gradients_is_the_loop(manifold, width, dim, time, dtype):
+    generator = torch.Generator().manual_seed(0)
+    layer = SymplecticAttention(width, 2, dim=dim, manifold=manifold, generator=generator).to(dtype)
+    x, found = rand(3, time, width).to(dtype), []
+    state = Phase(*rand(2, 3, 2, dim, seed=1).to(dtype))
+    for engine in ("kernel", "sequential"):
+        layer.engine = engine
+        with torch.no_grad():
+            y, end = layer(x, state)
+        turns = end.q % 1 if manifold == "torus" else end.q
+        found.append((y, turns, end.p))
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-3
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+    assert layer.drive.weight.grad is None
 
 
 def test_native_waves_are_cosine_and_sine():
