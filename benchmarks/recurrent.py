@@ -7,8 +7,8 @@ nn.GRU runs operator by operator. Contenders take turns, so that a noisy spell f
 
 Targets: potential, metric, revolution and low-rank heads at least 1.2 times nn.LSTM and 5 times
 nn.GRU; the torus, the oscillator and their scans, in torch's own operations, at least 3 times
-nn.LSTM. The rows "maps alone" are the two matrix products in and out of a layer, on warm buffers
-and with nothing between them: what no cell can beat while they are BLAS's. ``--memory``: the peak
+nn.LSTM. The rows "maps alone" are the two matrix products in and out of a layer by BLAS, on warm
+buffers and with nothing between them. ``--memory``: the peak
 of a training pass by ``recurrence.fold`` with the reversible engine, at most 1.5 times as high at
 65,536 tokens as at 1,024.
 """
@@ -90,6 +90,10 @@ def contenders(length: int) -> dict[str, nn.Module]:
         )
     # as many numbers of state as nn.GRU has
     layers["oscillator, dim 8"] = SymplecticAttention(WIDTH, HEADS, manifold="oscillator", dim=8)
+    for manifold in ("oscillator", "potential"):
+        layers[f"{manifold}, gated"] = SymplecticAttention(
+            WIDTH, HEADS, manifold=manifold, size=8, gate="phase"
+        )
     for name, sizes in MAPS.items():
         layers[f"{name}, maps alone"] = Maps(BATCH * length, *sizes)
     return layers

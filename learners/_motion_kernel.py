@@ -429,7 +429,8 @@ INLINE void couple_back(const T *const *c, V *const *g, const V *q, const V *u, 
 }
 """
 
-# data: f, q0, p0, q, p | slopes of q, p, then of f, q0, p0; sizes: batch, time, units, h, a.
+# data: f, q0, p0, the path of (q, p) | slopes of the path, then of f, q0, p0; sizes: batch, time,
+# units, h, a.
 _RUN = r"""
 // before a kick: f is one token's force, its gates follow
 INLINE void contract(const T *f, V *q, V *p, T a, long wide, long valid) {
@@ -476,8 +477,9 @@ static void forward(T *const *d, const T *const *c, const double *sizes, long un
   const long valid = batch - b < L ? batch - b : L;
   const long wide = units * N, next = batch * wide, start = b * wide + first * E;
   const long row = (1 + GATES) * wide;
+  const long pair = 2 * wide, later = batch * pair;
   const T *f = d[0] + b * row + first * E;
-  T *out_q = d[3] + start, *out_p = d[4] + start;
+  T *path = d[3] + b * pair + first * E;
   V q[N], p[N], push[N];
   V keep[HEADS * KEEP];
   read(q, d[1] + start, wide, valid);
@@ -497,8 +499,8 @@ static void forward(T *const *d, const T *const *c, const double *sizes, long un
       q[i] = wrap(q[i]);
       if (CIRCULAR) p[i] = wrap(p[i]);
     }
-    write(out_q + t * next, q, wide, valid);
-    write(out_p + t * next, p, wide, valid);
+    write(path + t * later, q, pair, valid);
+    write(path + t * later + wide, p, pair, valid);
   }
 }
 static void backward(T *const *d, const T *const *c, V *const *g, const double *sizes, long unit) {
@@ -507,25 +509,25 @@ static void backward(T *const *d, const T *const *c, V *const *g, const double *
   const long b = unit / units * L, first = unit % units * HEADS;
   const long valid = batch - b < L ? batch - b : L;
   const long wide = units * N, next = batch * wide, start = b * wide + first * E;
-  const long row = (1 + GATES) * wide;
+  const long row = (1 + GATES) * wide, pair = 2 * wide, later = batch * pair;
+  const T *path = d[3] + b * pair + first * E, *slopes = d[4] + b * pair + first * E;
   V q[N], p[N], push[N], gq[N], gp[N], slope[N], old_q[N], old_p[N];
   V keep[HEADS * KEEP];
-  if (time) read(q, d[3] + start + (time - 1) * next, wide, valid);
+  if (time) read(q, path + (time - 1) * later, pair, valid);
   for (int k = 0; k < HEADS && time; ++k)
     ready(c + DRIFTING, first + k, q + k * E, keep + k * KEEP);
   for (int i = 0; i < N; ++i) gq[i] = gp[i] = V{};
   for (long t = time - 1; t >= 0; --t) {
-    long now = start + t * next;
-    read(slope, d[5] + now, wide, valid);
+    read(slope, slopes + t * later, pair, valid);
     for (int i = 0; i < N; ++i) gq[i] += slope[i];
-    read(slope, d[6] + now, wide, valid);
+    read(slope, slopes + t * later + wide, pair, valid);
     for (int i = 0; i < N; ++i) gp[i] += slope[i];
     if (valid < L)
       for (int l = valid; l < L; ++l)
         for (int i = 0; i < N; ++i) gq[i][l] = gp[i][l] = 0;
     if (t) {
-      read(q, d[3] + now - next, wide, valid);
-      read(p, d[4] + now - next, wide, valid);
+      read(q, path + (t - 1) * later, pair, valid);
+      read(p, path + (t - 1) * later + wide, pair, valid);
     } else {
       read(q, d[1] + start, wide, valid);
       read(p, d[2] + start, wide, valid);
@@ -542,7 +544,7 @@ static void backward(T *const *d, const T *const *c, V *const *g, const double *
       drift_back(c + DRIFTING, g + DRIFTING, first + k, q + k * E, push + k * E, gq + k * E,
                  gp + k * E, h, keep + k * KEEP);
     for (int i = 0; i < N; ++i) push[i] = h * gp[i];
-    write(d[7] + in, push, row, valid);
+    write(d[5] + in, push, row, valid);
 #if FORCED
     for (int k = 0; k < HEADS; ++k)
       force_back(c, g, first + k, q + k * E, p + k * E, push + k * E, gq + k * E, gp + k * E);
@@ -550,24 +552,24 @@ static void backward(T *const *d, const T *const *c, V *const *g, const double *
 #if RANK
     couple_back(c + COUPLING, g + COUPLING, q, push, gq);
 #endif
-    contract_back(d[0] + in, d[7] + in, old_q, old_p, gq, gp, a, wide, valid);
+    contract_back(d[0] + in, d[5] + in, old_q, old_p, gq, gp, a, wide, valid);
 #if GATES == 2
     for (int k = 0; k < HEADS && t; ++k)
       ready(c + DRIFTING, first + k, old_q + k * E, keep + k * KEEP);
 #endif
   }
-  write(d[8] + start, gq, wide, valid);
-  write(d[9] + start, gp, wide, valid);
+  write(d[6] + start, gq, wide, valid);
+  write(d[7] + start, gp, wide, valid);
 }
-// all: 10 pointers of data, COUNT of tensors, COUNT of lane-wise slopes for each group of eight
+// all: 8 pointers of data, COUNT of tensors, COUNT of lane-wise slopes for each group of eight
 extern "C" void run(void *const *all, const double *sizes, long first, long last) {
   for (long unit = first; unit < last; ++unit) {
     T *const *d = (T *const *)all;
-    const T *const *c = (const T *const *)(all + 10);
+    const T *const *c = (const T *const *)(all + 8);
     if (!sizes[5]) { forward(d, c, sizes, unit); continue; }
     V *g[COUNT + 1];
     const long block = unit / (long)sizes[2];
-    for (int k = 0; k < COUNT; ++k) g[k] = (V *)all[10 + COUNT + k] + block * (long)sizes[6 + k];
+    for (int k = 0; k < COUNT; ++k) g[k] = (V *)all[8 + COUNT + k] + block * (long)sizes[6 + k];
     backward(d, c, g, sizes, unit);
   }
 }
@@ -583,13 +585,23 @@ def kernel_of(motion: Any) -> Callable[[State, Tensor, State], State] | None:
 
 
 def _run(motion: Any, tensors: State, inputs: Tensor, state: State) -> State:
+    rows = features(motion, tensors, inputs.transpose(0, 1), state)
+    q, p = rows.unflatten(-1, (2, *state[0].shape[1:])).transpose(0, 1).unbind(2)
+    return q, p
+
+
+def features(motion: Any, tensors: State, inputs: Tensor, state: State) -> Tensor:
+    """Return ``(q, p)`` after each token ``(time, batch, ...)``, in one row.
+
+    Times follow each other in memory: one stream, where rows of a power of two of bytes would all
+    want the same lines of the cache. So do those of ``inputs``.
+    """
     if inputs.dtype not in _SCALARS or inputs.device.type != "cpu":
         raise ValueError(
             f"kernel: inputs are {inputs.dtype} on {inputs.device}, expected float32 or float64 "
             "on the cpu"
         )
-    q, p = _Kernel.apply(motion, inputs, *state, *tensors)  # type: ignore[misc]
-    return (q, p)
+    return _Kernel.apply(motion, inputs, *state, *tensors)  # type: ignore[return-value]
 
 
 def _gang(heads: int, rank: int) -> int:
@@ -737,28 +749,24 @@ class _Waves(torch.autograd.Function):
 class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, motion: Any, inputs: Tensor, q: Tensor, p: Tensor, *tensors: Tensor):
-        # Times follow each other in memory: one stream, where rows of a power of two of bytes
-        # would all want the same lines of the cache.
-        inputs = inputs.transpose(0, 1).contiguous()
+        data = [x.contiguous() for x in (inputs, q, p)]
         tensors = tuple(x.contiguous() for x in tensors)
-        path_q, path_p = (inputs.new_empty(*inputs.shape[:2], *q.shape[1:]) for _ in range(2))
-        data = [inputs, q.contiguous(), p.contiguous(), path_q, path_p]
-        _call(motion, data, tensors, None)
+        path = inputs.new_empty(*inputs.shape[:2], 2 * math.prod(q.shape[1:]))
+        _call(motion, [*data, path], tensors, None)
         ctx.motion = motion
-        ctx.save_for_backward(*data, *tensors)
-        return path_q.transpose(0, 1), path_p.transpose(0, 1)
+        ctx.save_for_backward(*data, path, *tensors)
+        return path
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, slopes: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
-        data, tensors = list(saved[:5]), saved[5:]
-        data += [x.transpose(0, 1).contiguous() for x in slopes]
+        data, tensors = list(saved[:4]), saved[4:]
         out = [torch.empty_like(x) for x in data[:3]]
         blocks = -(-data[0].shape[1] // _LANES)
         lanes = [x.new_zeros(blocks, *x.shape, _LANES) for x in tensors]
-        _call(ctx.motion, data + out, tensors, lanes)
-        return None, out[0].transpose(0, 1), *out[1:], *(x.sum((0, -1)) for x in lanes)
+        _call(ctx.motion, [*data, slopes.contiguous(), *out], tensors, lanes)
+        return None, *out, *(x.sum((0, -1)) for x in lanes)
 
 
 def _call(motion: Any, data: list[Tensor], tensors: State, lanes: list[Tensor] | None) -> None:
@@ -767,7 +775,7 @@ def _call(motion: Any, data: list[Tensor], tensors: State, lanes: list[Tensor] |
     if batch == 0:
         return
     blocks = -(-batch // _LANES)
-    pad = [data[0]] * (10 - len(data))
+    pad = [data[0]] * (8 - len(data))
     pointers = _native.pointers([*data, *pad, *tensors, *(lanes or [])])
     counts = [float(x.numel() // x.shape[0] // _LANES) for x in lanes or []]
     decay = motion.decay

@@ -116,11 +116,22 @@ def save(
     settings: dict[str, Any],
     losses: list[float],
     random_states: list[dict[str, Tensor]],
+    rank: int = 0,
 ) -> None:
-    """Write all that the next step depends on; keep the file before."""
+    """Write all that the next step depends on; keep the file before.
+
+    All processes call this, the first one writes.
+    """
     leaves = flatten(optimizer.state_dict()["state"], "optimizer")
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    for name, value in tensors.items():
+        if hasattr(value, "full_tensor"):
+            value = whole(value)
+            if rank == 0:
+                tensors[name] = value.cpu()
+    if rank != 0:
+        return
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     for rank, state in enumerate(random_states):
         tensors |= {f"random.{rank}.{name}": value for name, value in state.items()}
@@ -166,8 +177,13 @@ def restore(
     for name, leaf in leaves.items():
         _, number, key = name.split(".", 2)
         state.setdefault(int(number), {})[key] = leaf
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parts in state.items():
+        like = parameters[number]
+        parts |= {
+            k: _part(t, like) for k, t in parts.items() if getattr(t, "shape", 0) == like.shape
+        }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     for number, parts in state.items():
         own = optimizer.state[parameters[number]]
         for key, leaf in parts.items():
@@ -198,7 +214,7 @@ def _load_parameters(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -
                 f"{path} is of another model: {name} is {(other or ['absent'])[0]} there and "
                 f"{(parts or ['absent'])[0]} here; nothing was changed"
             )
-    model.load_state_dict(stored)
+    model.load_state_dict({name: _part(value, own[name]) for name, value in stored.items()})
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -224,6 +240,20 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
 
 
 # Parts
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor of which processes may hold parts; all of them call this."""
+    return getattr(tensor, "full_tensor", lambda: tensor)()
+
+
+def _part(tensor: Tensor, like: Any) -> Tensor:
+    """Return what this process holds of a whole tensor where that of ``like`` is sharded."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # slow to import
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from darboux.learners import _coordinate_kernel, base
+from darboux.learners import _coordinate_kernel, _motion_kernel, base
 from darboux.learners._motion_kernel import kernel_of, waves
 from darboux.learners.heads import (
     KINDS,
@@ -306,6 +306,10 @@ class SymplecticAttention(nn.Module):
         if kernel and self._alone():
             features, last = _coordinate_kernel.features(self.motion(), cell.parameters, f, at)
             return self.out(features), last
+        if kernel and KINDS[self.manifold].period is None:
+            rows = _motion_kernel.features(self.motion(), cell.parameters, f.transpose(0, 1), at)
+            q, p = rows[-1].unflatten(-1, (2, self.heads, self.dim)).unbind(1)
+            return self.out(rows).transpose(0, 1), (q.clone(), p.clone())
         path, last = run(cell, f, at, "kernel" if kernel else self.engine)
         rows = self.read(Phase(*(part.transpose(0, 1) for part in path)))
         # out(cat(rows)) without the copy

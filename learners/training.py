@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from darboux import _checks
 from darboux.learners import checkpoints
-from darboux.learners._processes import Processes
+from darboux.learners._processes import Processes, giving_back
 from darboux.learners.model import stream
 from darboux.learners.tasks import IGNORED, Task
 
@@ -52,6 +52,7 @@ def fit(
     checkpoint_to: str | Path | None = None,
     every: int = 1000,
     resume: bool = False,
+    shard: bool = False,
 ) -> Fit:
     """Train ``model`` for ``steps`` batches; return the losses.
 
@@ -70,14 +71,21 @@ def fit(
     none: the losses are those of a run that was never interrupted, on one thread to the last bit.
 
     Under ``torchrun`` each process trains on its own batches with the gradient of them all, the
-    first one writes. A loss or gradient that is not finite raises ``ConvergenceError`` before the
-    step is taken.
+    first one writes. ``shard=True`` cuts a copy of the model among them (each member of a
+    ``ModuleList``, then the rest) and puts its parameters into ``model`` at the end; checkpoints
+    are the same with it and without. A loss or gradient that is not finite raises
+    ``ConvergenceError`` before the step is taken.
     """
     _check_options(steps, every, schedule, precision)
+    if shard and (curved := _curved(model)):
+        raise ValueError(
+            f"fit: shard=True would cut {', '.join(curved)}, each a whole point of its manifold, "
+            "expected shard=False or parameters without manifold"
+        )
     group = Processes()
     with group:
-        run = group.wrap(model)
-        tools = _make_optimizer(model, optimizer, lr, weight_decay)
+        trained, run = group.wrap(model, shard)
+        tools = _make_optimizer(trained, optimizer, lr, weight_decay)
         rates = [g["lr"] for g in tools.param_groups]
         settings = {
             "optimizer": optimizer if isinstance(optimizer, str) else "own",
@@ -91,13 +99,14 @@ def fit(
             if found is not None and not resume:
                 raise FileExistsError(f"fit: {found} exists, expected resume=True or another path")
             if found is not None:
-                losses = checkpoints.restore(found, model, tools, settings, group.rank)
+                losses = checkpoints.restore(found, trained, tools, settings, group.rank)
         first = len(losses)
         log = _Log(log_to if group.rank == 0 else None, first)
         bar = _bar(first, steps, progress and group.rank == 0)
         begin = time.perf_counter()
-        with log, bar:
+        with log, bar, giving_back(trained, model):
             model.train()
+            run.train()
             for step, task in zip(
                 range(first, steps), _tasks(batches, first, seed, group.rank), strict=False
             ):
@@ -106,20 +115,21 @@ def fit(
                     g["lr"] = rate * factor
                 tools.zero_grad(set_to_none=True)
                 value = _backward(run, group.move(task), loss, precision, group)
-                norm = _clip(model, clip)
-                if not (math.isfinite(value) and math.isfinite(norm)):
-                    raise _checks.ConvergenceError(
-                        f"fit: loss {value} and gradient {norm} at step {step}, expected finite "
-                        "numbers; the model is that before the step",
-                        value, step,
-                    )  # fmt: skip
-                tools.step()
+                with group.mixing():
+                    norm = _clip(trained, clip)
+                    if not (math.isfinite(value) and math.isfinite(norm)):
+                        raise _checks.ConvergenceError(
+                            f"fit: loss {value} and gradient {norm} at step {step}, expected "
+                            "finite numbers; the model is that before the step",
+                            value, step,
+                        )  # fmt: skip
+                    tools.step()
                 losses.append(value)
                 log.write(step, value, lr * factor, norm, time.perf_counter() - begin)
                 bar.update()
                 last = step + 1 == steps
                 if path is not None and ((step + 1) % every == 0 or last):
-                    _save(path, model, tools, settings, losses, group)
+                    _save(path, trained, tools, settings, losses, group)
         if len(losses) < steps:
             raise ValueError(f"fit: batches ended after {len(losses)} steps, expected {steps}")
     return Fit(torch.tensor(losses, dtype=torch.float64), time.perf_counter() - begin)
@@ -170,7 +180,8 @@ def _backward(model: nn.Module, task: Task, loss: Any, precision: str, group: Pr
 def _clip(model: nn.Module, clip: float | None) -> float:
     """Bound the norm of the gradient and return what it was."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    return float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    return float(checkpoints.whole(norm))
 
 
 # Schedules: the factor of the learning rate at a step
@@ -215,12 +226,16 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+def _curved(model: nn.Module) -> list[str]:
+    return [n for n, p in model.named_parameters() if isinstance(p, ManifoldParameter)]
+
+
 def _make_optimizer(
     model: nn.Module, optimizer: Any, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise ValueError(f"fit: optimizer {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
-    curved = [n for n, p in model.named_parameters() if isinstance(p, ManifoldParameter)]
+    curved = _curved(model)
     if curved and isinstance(optimizer, str) and optimizer != "riemannian_adam":
         raise ValueError(
             f"fit: optimizer {optimizer!r} would leave the manifold of {', '.join(curved)}, "
@@ -250,8 +265,7 @@ def _save(
 ) -> None:
     """Write a checkpoint with the random states of all processes."""
     states = group.gather(checkpoints.random_state(group.device))
-    if group.rank == 0:
-        checkpoints.save(path, model, optimizer, settings, losses, states)
+    checkpoints.save(path, model, optimizer, settings, losses, states, group.rank)
     group.wait()
 
 
