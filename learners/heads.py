@@ -49,7 +49,7 @@ class Kind:
     """A manifold: its forces, its drift, its parameters, the period of its coordinates.
 
     ``make(heads, dim, size, generator)`` returns the parameters by name; ``tensors(them, h)`` what
-    the functions take: ``force`` the first ``forces`` of it, ``drift`` the rest.
+    the functions take: ``force`` the first ``forces`` of it, ``drift`` the other ``drifts``.
     """
 
     make: Callable[..., dict[str, Tensor]]
@@ -57,6 +57,7 @@ class Kind:
     force: Force | None = None
     drift: Drift = lambda t, q, p, h: (q + h * p, p)
     forces: int = 0
+    drifts: int = 0
     period: float | None = None
     symplectic: bool = True
     volume: bool = True
@@ -225,10 +226,11 @@ KINDS: dict[str, Kind] = {
         _make_revolution,
         lambda t, h: (t["log_r"].exp(), t["log_r"].exp() + t["log_gap"].exp()),
         drift=_revolve,
+        drifts=2,
         period=2 * math.pi,
         even=True,
     ),
-    "metric": Kind(_make_metric, _plain("w1", "b1", "w2", "b2"), drift=_curve, even=True),
+    "metric": Kind(_make_metric, _plain("w1", "b1", "w2", "b2"), drift=_curve, drifts=4, even=True),
     "low_rank": Kind(
         _low_rank("low_rank"),
         _orthogonal,
@@ -305,9 +307,9 @@ class Motion:
 
     def split(self, tensors: State) -> tuple[State, State, State]:
         """Return the tensors of the force, the drift and the coupling."""
-        kind, count = self.kind, {"revolution": 2, "metric": 4}.get(self.name, 0)
-        n = kind.forces
-        return tensors[:n], tensors[n : n + count], tensors[n + count :]
+        n = self.kind.forces
+        m = n + self.kind.drifts
+        return tensors[:n], tensors[n:m], tensors[m:]
 
     def parts(self, inputs: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Return the force and the factors of momenta and of positions.

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from darboux.integrators import METHODS, Split, _native, diagonal_metric
-from darboux.learners import _motion_kernel, symplectic_attention
+from darboux.integrators._kernels import HEADER
+from darboux.learners import _motion_source, symplectic_attention
 from darboux.learners._coordinate_kernel import features
 from darboux.learners._motion_kernel import waves
 from darboux.learners.heads import (
@@ -436,7 +437,7 @@ def test_native_sums_of_angles_are_exact():
 def test_native_functions_in_single_precision():
     names = {"E": 1, "HEADS": 1, "SIZE": 1, "RANK": 0, "PERIODIC": 0, "PERIOD": 1.0}
     source = "typedef float T;\n" + "".join(f"#define {k} {v}\n" for k, v in names.items())
-    source += _motion_kernel.HEADER + _motion_kernel._COMMON
+    source += HEADER + _motion_source.COMMON
     source += """
 extern "C" void run(void *const *d, long first, long last) {
   for (long i = first; i < last; i += L) {
