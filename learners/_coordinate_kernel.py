@@ -332,9 +332,10 @@ def layer(
     in_, out_, bias = (
         torch.nn.functional.pad(m, (0, -m.shape[-1] % lanes)) for m in (drive.mT, out.mT, bias)
     )
-    y, last = torch.empty_like(x), [torch.empty_like(z) for z in state]
-    data = [x, *state, tensors[0] if tensors else x, y, *last, in_, out_, bias]
-    _call(motion, True, data, False, x.shape[-1])
+    given = [z.contiguous() for z in (x, *state, tensors[0] if tensors else x)]
+    y, *last = (z.new_empty(z.shape) for z in given[:3])
+    maps = [m.contiguous() for m in (in_, out_, bias)]
+    _call(motion, True, [*given, y, *last, *maps], False, x.shape[-1])
     return y, tuple(last)
 
 
@@ -405,7 +406,6 @@ def _call(motion: Any, waves: bool, data: list[Tensor], back: bool, width: int =
     batch, time = data[0].shape[:2]
     count = math.prod(data[1].shape[1:])
     run = _function(motion, data[0].dtype, count, waves, width)
-    data = [x.contiguous() for x in data]
     pointers = _native.pointers([*data, *data[:1] * (14 - len(data))])
     sizes = torch.tensor([time, motion.h, motion.decay, back], dtype=torch.float64)
 

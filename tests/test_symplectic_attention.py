@@ -475,8 +475,8 @@ def test_long_sequences_go_in_pieces(monkeypatch):
 def test_layer_without_gradients_is_the_loop(manifold, width, dim, time, dtype):
     generator = torch.Generator().manual_seed(0)
     layer = SymplecticAttention(width, 2, dim=dim, manifold=manifold, generator=generator).to(dtype)
-    x, found = rand(3, time, width).to(dtype), []
-    state = Phase(*rand(2, 3, 2, dim, seed=1).to(dtype))
+    x, found = rand(time, 3, width).to(dtype).transpose(0, 1), []  # strides that are not those
+    state = Phase(*rand(3, 2, dim, 2, seed=1).to(dtype).unbind(-1))
     for engine in ("kernel", "sequential"):
         layer.engine = engine
         with torch.no_grad():
