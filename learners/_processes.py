@@ -1,5 +1,6 @@
 """The processes that torchrun starts: one model each or a part of it, one gradient."""
 
+import atexit
 import contextlib
 import copy
 import os
@@ -21,20 +22,12 @@ class Processes:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.device = torch.device("cpu")
-        self.own = False  # whether the group was made here
         # the context of work on sharded and whole tensors together
         self.mixing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-
-    def __enter__(self) -> "Processes":
         if self.count > 1 and not distributed.is_initialized():
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(backend, rank=self.rank, world_size=self.count)
-            self.own = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.own:
-            distributed.destroy_process_group()
+            atexit.register(_leave)  # not sooner: torchrun's store starts no second group
 
     def wrap(self, model: nn.Module, shard: bool = False) -> tuple[nn.Module, nn.Module]:
         """Return what trains, and what to call: it averages gradients.
@@ -42,7 +35,8 @@ class Processes:
         On several GPUs, move the model to its own; ``shard`` trains a copy instead.
         """
         if shard and self.count > 1:
-            return (self._shard(model),) * 2
+            trained = self._shard(model)
+            return trained, trained
         if self.count > 1 and torch.cuda.is_available():
             model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
         self.device = next(iter(model.parameters()), torch.empty(0)).device
@@ -106,6 +100,11 @@ class Processes:
             distributed.barrier()
 
 
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _share_buffers(model: nn.Module, *_: Any) -> None:
     """Take the buffers of the first process, as under DistributedDataParallel."""
     for value in model.buffers():
@@ -126,14 +125,14 @@ def _find_blocks(
 @contextlib.contextmanager
 def giving_back(trained: nn.Module, model: nn.Module) -> Iterator[None]:
     """Load ``trained``, a sharded copy of ``model`` or itself, into ``model`` at the end."""
-    error = None
+    alike = True
     try:
         yield
-    except _checks.ConvergenceError as found:  # all processes raise this one, only so can they load
-        error = found
-    if trained is not model:
-        own = model.state_dict()
-        for name, value in trained.state_dict().items():
-            own[name].copy_(checkpoints.whole(value))
-    if error is not None:
-        raise error
+    except BaseException as error:
+        alike = isinstance(error, _checks.ConvergenceError)  # all processes raise it, all load
+        raise
+    finally:
+        if alike and trained is not model:
+            own = model.state_dict()
+            for name, value in trained.state_dict().items():
+                own[name].copy_(checkpoints.whole(value))

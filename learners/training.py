@@ -83,55 +83,54 @@ def fit(
             "expected shard=False or parameters without manifold"
         )
     group = Processes()
-    with group:
-        trained, run = group.wrap(model, shard)
-        tools = _make_optimizer(trained, optimizer, lr, weight_decay)
-        rates = [g["lr"] for g in tools.param_groups]
-        settings = {
-            "optimizer": optimizer if isinstance(optimizer, str) else "own",
-            "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup,
-            "clip": clip, "precision": precision, "seed": seed, "processes": group.count,
-        }  # fmt: skip
-        losses: list[float] = []
-        path = None if checkpoint_to is None else Path(checkpoint_to)
-        if path is not None:
-            found = checkpoints.find(path)
-            if found is not None and not resume:
-                raise FileExistsError(f"fit: {found} exists, expected resume=True or another path")
-            if found is not None:
-                losses = checkpoints.restore(found, trained, tools, settings, group.rank)
-        first = len(losses)
-        log = _Log(log_to if group.rank == 0 else None, first)
-        bar = _bar(first, steps, progress and group.rank == 0)
-        begin = time.perf_counter()
-        with log, bar, giving_back(trained, model):
-            model.train()
-            run.train()
-            for step, task in zip(
-                range(first, steps), _tasks(batches, first, seed, group.rank), strict=False
-            ):
-                factor = SCHEDULES[schedule](step, steps, warmup)
-                for g, rate in zip(tools.param_groups, rates, strict=True):
-                    g["lr"] = rate * factor
-                tools.zero_grad(set_to_none=True)
-                value = _backward(run, group.move(task), loss, precision, group)
-                with group.mixing():
-                    norm = _clip(trained, clip)
-                    if not (math.isfinite(value) and math.isfinite(norm)):
-                        raise _checks.ConvergenceError(
-                            f"fit: loss {value} and gradient {norm} at step {step}, expected "
-                            "finite numbers; the model is that before the step",
-                            value, step,
-                        )  # fmt: skip
-                    tools.step()
-                losses.append(value)
-                log.write(step, value, lr * factor, norm, time.perf_counter() - begin)
-                bar.update()
-                last = step + 1 == steps
-                if path is not None and ((step + 1) % every == 0 or last):
-                    _save(path, trained, tools, settings, losses, group)
-        if len(losses) < steps:
-            raise ValueError(f"fit: batches ended after {len(losses)} steps, expected {steps}")
+    trained, run = group.wrap(model, shard)
+    tools = _make_optimizer(trained, optimizer, lr, weight_decay)
+    rates = [g["lr"] for g in tools.param_groups]
+    settings = {
+        "optimizer": optimizer if isinstance(optimizer, str) else "own",
+        "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup,
+        "clip": clip, "precision": precision, "seed": seed, "processes": group.count,
+    }  # fmt: skip
+    losses: list[float] = []
+    path = None if checkpoint_to is None else Path(checkpoint_to)
+    if path is not None:
+        found = checkpoints.find(path)
+        if found is not None and not resume:
+            raise FileExistsError(f"fit: {found} exists, expected resume=True or another path")
+        if found is not None:
+            losses = checkpoints.restore(found, trained, tools, settings, group.rank)
+    first = len(losses)
+    log = _Log(log_to if group.rank == 0 else None, first)
+    bar = _bar(first, steps, progress and group.rank == 0)
+    begin = time.perf_counter()
+    with log, bar, giving_back(trained, model):
+        model.train()
+        run.train()
+        for step, task in zip(
+            range(first, steps), _tasks(batches, first, seed, group.rank), strict=False
+        ):
+            factor = SCHEDULES[schedule](step, steps, warmup)
+            for g, rate in zip(tools.param_groups, rates, strict=True):
+                g["lr"] = rate * factor
+            tools.zero_grad(set_to_none=True)
+            value = _backward(run, group.move(task), loss, precision, group)
+            with group.mixing():
+                norm = _clip(trained, clip)
+                if not (math.isfinite(value) and math.isfinite(norm)):
+                    raise _checks.ConvergenceError(
+                        f"fit: loss {value} and gradient {norm} at step {step}, expected "
+                        "finite numbers; the model is that before the step",
+                        value, step,
+                    )  # fmt: skip
+                tools.step()
+            losses.append(value)
+            log.write(step, value, lr * factor, norm, time.perf_counter() - begin)
+            bar.update()
+            last = step + 1 == steps
+            if path is not None and ((step + 1) % every == 0 or last):
+                _save(path, trained, tools, settings, losses, group)
+    if len(losses) < steps:
+        raise ValueError(f"fit: batches ended after {len(losses)} steps, expected {steps}")
     return Fit(torch.tensor(losses, dtype=torch.float64), time.perf_counter() - begin)
 
 

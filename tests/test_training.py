@@ -5,6 +5,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -204,40 +205,149 @@ def halves(rank, count):
 PLAIN = {"steps": 3, "lr": 0.1, "optimizer": "sgd", "schedule": "constant", "clip": None}
 
 
-def process(rank, port, folder):
-    """Train as one of two processes that torchrun would have started."""
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    warnings.simplefilter("ignore")
-    try:
-        run = fit(make(mixer=lambda: b.GRU(8)).double(), halves(rank, 2), **PLAIN,
-                  checkpoint_to=folder / "run", log_to=folder)  # fmt: skip
-        torch.testing.assert_close(run.losses, torch.load(folder / "want"), rtol=0, atol=1e-12)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+def two_processes(work, folder):
+    """Run ``work(rank, folder)`` in two processes as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def process(rank):
+        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        warnings.simplefilter("ignore")
+        try:
+            work(rank, folder)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    children = [FORK.Process(target=process, args=(r,)) for r in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    assert codes == [0, 0]
+
+
+def close(first, second):
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+
+
+def train_plainly(rank, folder):
+    run = fit(make(mixer=lambda: b.GRU(8)).double(), halves(rank, 2), **PLAIN,
+              checkpoint_to=folder / "run", log_to=folder)  # fmt: skip
+    close(run.losses, torch.load(folder / "want"))
 
 
 def test_two_processes_are_one_at_twice_the_batch(tmp_path):
     model = make(mixer=lambda: b.GRU(8)).double()
     losses = fit(model, halves(0, 1), **PLAIN).losses
     torch.save(losses, tmp_path / "want")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [FORK.Process(target=process, args=(r, port, tmp_path)) for r in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0, 0]
+    two_processes(train_plainly, tmp_path)
     other = checkpoints.load_parameters(tmp_path / "run", make(mixer=lambda: b.GRU(8)).double())
-    for name, value in other.state_dict().items():
-        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-12)
+    close(other.state_dict(), model.state_dict())
     assert not same(other, make(mixer=lambda: b.GRU(8)).double())
     assert "random.1.torch" in checkpoints.read(tmp_path / "run")[0]
     assert len(rows(tmp_path)) == 3
+
+
+BOTH = tuple(itertools.product((False, True), repeat=2))
+
+
+class Sharing(nn.Module):
+    """A mixer with a scalar and a parameter of other blocks, which cannot be cut."""
+
+    def __init__(self, turn):
+        super().__init__()
+        self.mixer, self.turn, self.scale = b.GRU(8), turn, nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, state=None):
+        y, state = self.mixer(x, state)
+        return self.scale * self.turn(y), state
+
+
+def make_sharing(seed=0):
+    torch.manual_seed(seed)
+    turn = nn.Linear(8, 8)
+    blocks = [Block(8, Sharing(turn), hidden=9) for _ in range(2)]
+    return SequenceModel(2, 8, blocks, tie=True).double()
+
+
+def sharded_options(made) -> dict[str, Any]:
+    """Return options of :func:`fit`; its optimizers come into ``made``."""
+
+    def adamw(groups, lr):
+        made.append(torch.optim.AdamW(groups, lr=lr, foreach=True))  # the way of a GPU
+        return made[-1]
+
+    return {"steps": 3, "lr": 0.01, "optimizer": adamw, "schedule": "constant", "clip": 0.5}
+
+
+def count_held(optimizer):
+    """Count the numbers of this process: its parameters and what Adam keeps of each."""
+    leaves = [*optimizer.state, *(x for s in optimizer.state.values() for x in s.values())]
+    return sum(getattr(x, "to_local", lambda x=x: x)().numel() for x in leaves)
+
+
+def train_sharded(rank, folder):
+    made: list[torch.optim.Optimizer] = []
+    options = sharded_options(made)
+    wanted_losses, wanted_norms, wanted = torch.load(folder / "want")
+    whole = {}
+    for shard in (False, True):
+        model, log = make_sharing(seed=rank), folder / f"log{shard}"  # those of the first count
+        whole[shard] = fit(model, halves(rank, 2), **options, shard=shard, log_to=log,
+                           checkpoint_to=folder / f"run{shard}", every=2).losses  # fmt: skip
+        close(whole[shard], wanted_losses)
+        close(model.state_dict(), wanted)
+        assert {type(p) for p in model.parameters()} == {nn.Parameter}
+        if rank == 0:
+            close(norms(log), wanted_norms)
+        evaluate(model, halves(0, 1)[0])
+    whole_count = count_held(made[0])
+    assert count_held(made[1]) < 0.65 * whole_count
+
+    for first, second in BOTH:
+        path = folder / f"{first}{second}{rank}"
+        shutil.copy(folder / f"run{first}.previous", path)
+        model = make_sharing(seed=5)
+        run = fit(model, halves(rank, 2), **options, shard=second, checkpoint_to=path, resume=True)
+        close(run.losses, whole[second])
+        assert first != second or torch.equal(run.losses, whole[second])
+        assert count_held(made[-1]) < (0.65 if second else 1.01) * whole_count
+        close(model.state_dict(), wanted)
+
+    def loss(logits, targets):
+        return logits.square().mean() * (math.nan if next(count) == 1 else 1.0)
+
+    model, before, count = make_sharing(), make_sharing(), itertools.count()
+    with pytest.raises(ConvergenceError):
+        fit(model, halves(rank, 2), **options, loss=loss, shard=True)
+    count = itertools.count(2)
+    fit(before, halves(rank, 2), **{**options, "steps": 1}, loss=loss, shard=True)
+    assert same(model, before)
+
+
+def norms(folder):
+    return torch.tensor([float(row["gradient"]) for row in rows(folder)], dtype=torch.float64)
+
+
+def test_sharded_is_whole(tmp_path):
+    model, options = make_sharing(), sharded_options([])
+    run = fit(model, halves(0, 1), **options, log_to=tmp_path, shard=True)
+    assert norms(tmp_path).max() > options["clip"]
+    torch.save((run.losses, norms(tmp_path), model.state_dict()), tmp_path / "want")
+    two_processes(train_sharded, tmp_path)
+    first, *rest = (checkpoints.read(tmp_path / f"{a}{b}0")[0] for a, b in BOTH)
+    for other in rest:
+        close({n: t for n, t in other.items() if n[:6] != "random"},
+              {n: t for n, t in first.items() if n[:6] != "random"})  # fmt: skip
+    with pytest.raises(ValueError, match=r"shard=True would cut layers.0.mixer.matrix, each"):
+        fit(make(mixer=Orthogonal), batches, steps=1, optimizer="riemannian_adam", shard=True)
 
 
 # The loop
