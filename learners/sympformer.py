@@ -71,7 +71,9 @@ class MomentumBlock(nn.Module):
     .. math:: v' = N(\beta_1v + \gamma_1F(x + \mu_1v)), \quad x' = x + v', \qquad
               v'' = N(\beta_2v' + \gamma_2M(x' + \mu_2v')), \quad x'' = x' + v''
 
-    ``F`` and ``M`` begin with norms of their own; the ``N`` of velocities is one for both.
+    ``F`` and ``M`` begin with norms of their own; the ``N`` of velocities is one for both. It
+    starts with velocities of length one, as the rows of an embedding have here; the published
+    models start :math:`\sqrt{width}` times as fast, which drowns the tokens and learns later.
     ``kind="Y"`` is this; ``"H0"`` has :math:`\mu_1 = 0`; ``"H1"`` subtracts the connection at
     ``v``; ``"R2"`` takes it at the proposal :math:`w = \beta_1v + \gamma_1F`, with velocity
     :math:`N(w - \Gamma)` and position :math:`x + N(w - \Gamma/2)`. All :math:`\mu, \beta` start at
@@ -99,6 +101,7 @@ class MomentumBlock(nn.Module):
             width, heads, causality=causality, rotary=rotary, theta=theta
         )
         self.norm, self.velocity_norm = layer_norm(width), layer_norm(width)
+        nn.init.constant_(self.velocity_norm.weight, width**-0.5)
         self.mlp = feed_forward(width, hidden)
         halves = 1 if self.mlp is None else 2
         first = 0 if KINDS[kind].ahead else 1
