@@ -148,7 +148,7 @@ class SymplecticAttention(nn.Module):
         if gate is not None:
             self.keep = nn.Linear(width, GATES.index(gate) * n)
             nn.init.uniform_(self.keep.weight, -bound, bound, generator=generator)
-            nn.init.ones_(self.keep.bias)  # forget little at first, as an LSTM should
+            nn.init.zeros_(self.keep.bias)
         self.geometry = nn.ParameterDict()
         if not turning:
             kind = KINDS[manifold]
