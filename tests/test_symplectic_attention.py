@@ -270,6 +270,19 @@ def test_friction_contracts_momenta_exactly():
         close_on_circle(path[0][0], summed, 1.0, 1e-12)
 
 
+def test_a_map_that_keeps_the_form_may_have_gradients_that_explode():
+    # singular values come in pairs s, 1/s: the largest is never below one, and nothing bounds it
+    slopes = {}
+    for gate in (None, "phase"):
+        layer = layer_of("metric", dim=8, size=8, gate=gate)
+        for time in (10, 80):
+            x = rand(1, time, 6).requires_grad_()
+            (grad,) = torch.autograd.grad(layer.orbit(x)[1].q.sum(), x)
+            slopes[gate, time] = float(grad[:, 0].norm())
+    assert slopes[None, 80] > 30 * slopes[None, 10] > 30
+    assert slopes["phase", 80] < 1e-9 * slopes["phase", 10] < 1e-9
+
+
 def test_gates_are_a_linear_recurrence_that_tokens_choose():
     # a free particle: p' = a p + h f, q' = b q + h p', written out
     layer = layer_of("oscillator", gate="phase", step=0.5)
