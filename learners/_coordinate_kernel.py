@@ -304,6 +304,14 @@ def fits(motion: Any) -> bool:
     return alone and (motion.h == 1 or not motion.circular)
 
 
+def check_inputs(x: Tensor) -> None:
+    """Raise unless a native kernel can read ``x``."""
+    if x.dtype not in _native.SCALARS or x.device.type != "cpu":
+        raise ValueError(
+            f"kernel: inputs are {x.dtype} on {x.device}, expected float32 or float64 on the cpu"
+        )
+
+
 def features(
     motion: Any, tensors: State, inputs: Tensor, state: State, waves: bool = True
 ) -> tuple[Tensor, State]:
@@ -311,11 +319,7 @@ def features(
 
     With ``waves`` the cosines of angles, then their sines; otherwise ``q``, then ``p``.
     """
-    if inputs.dtype not in _native.SCALARS or inputs.device.type != "cpu":
-        raise ValueError(
-            f"kernel: inputs are {inputs.dtype} on {inputs.device}, expected float32 or float64 "
-            "on the cpu"
-        )
+    check_inputs(inputs)
     rows, q, p = _Coordinates.apply(motion, waves, inputs, *state, *tensors)  # type: ignore[misc]
     return rows, (q, p)
 
@@ -328,6 +332,7 @@ def layer(
     ``out`` of the features of what ``drive`` makes of ``x``, which are never written to memory.
     The motion has no gates.
     """
+    check_inputs(x)
     lanes = 64 // x.element_size()
     in_, out_, bias = (
         torch.nn.functional.pad(m, (0, -m.shape[-1] % lanes)) for m in (drive.mT, out.mT, bias)

@@ -43,11 +43,7 @@ def features(motion: Any, tensors: State, inputs: Tensor, state: State) -> Tenso
     Times follow each other in memory: one stream, where rows of a power of two of bytes would all
     want the same lines of the cache. So do those of ``inputs``.
     """
-    if inputs.dtype not in _native.SCALARS or inputs.device.type != "cpu":
-        raise ValueError(
-            f"kernel: inputs are {inputs.dtype} on {inputs.device}, expected float32 or float64 "
-            "on the cpu"
-        )
+    _coordinate_kernel.check_inputs(inputs)
     return _Kernel.apply(motion, inputs, *state, *tensors)  # type: ignore[return-value]
 
 

@@ -284,7 +284,6 @@ class SymplecticAttention(nn.Module):
         kernel = self.engine == "kernel" or (
             self.engine == "auto" and choose(cell, x.to(self.drive.weight.dtype)) == "kernel"
         )
-        # shorter pieces would not be the kernel's
         plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
         if kernel and plain and self._alone() and self.gate is None:
             maps = self.drive.weight, self.out.weight, self.out.bias

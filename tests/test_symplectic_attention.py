@@ -579,6 +579,19 @@ def test_bad_input_is_refused():
         layer(x, (x, x))
 
 
+def test_kernels_refuse_what_they_cannot_read():
+    for manifold in ("torus", "potential"):
+        layer = layer_of(manifold, engine="kernel").bfloat16()
+        for gradients in (True, False):
+            with (
+                torch.set_grad_enabled(gradients),
+                pytest.raises(
+                    ValueError, match="inputs are torch.bfloat16 on cpu, expected float32"
+                ),
+            ):
+                layer(torch.zeros(1, 3, 6, dtype=torch.bfloat16))
+
+
 def test_motion_of_equal_settings_is_one_key():
     # what lets a compiled step be found again
     assert hash(Motion("torus")) == hash(Motion("torus"))
