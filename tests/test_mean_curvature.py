@@ -105,6 +105,23 @@ def test_the_conformal_flow_of_genus_zero_ends_in_a_round_sphere():
     assert float(moved) < 0.4 * float(plain)
 
 
+def test_area_is_restored_about_the_centre_of_mass():
+    mesh = ellipsoid(2, 1.0, 0.7, 1.4)
+    bulge = mesh.vertices * (1 + 0.5 * (mesh.vertices[:, :1] > 0)) + 3.0  # lopsided, off the origin
+    mesh = mesh.move(bulge)
+    plain, kept = (
+        mean_curvature_flow(mesh, dt=0.05, steps=1, keep_area=keep).vertices[-1]
+        for keep in (False, True)
+    )
+    cells = plain[mesh.cells]
+    area = torch.linalg.cross(cells[:, 1] - cells[:, 0], cells[:, 2] - cells[:, 0]).norm(dim=-1)
+    centre = (area[:, None] * cells.mean(1)).sum(0) / area.sum()
+    ratio = (kept - centre).norm(dim=-1) / (plain - centre).norm(dim=-1)
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+    assert float(ratio[0]) > 1.01
+    torch.testing.assert_close(mesh.move(kept).volumes().sum(), mesh.volumes().sum())
+
+
 def test_area_falls_and_the_centre_stays():
     mesh = torus_mesh(n=16, m=10)
     run = mean_curvature_flow(mesh, dt=0.01, steps=10)
